@@ -1,0 +1,1 @@
+"""mmufuzz: a property-based fuzzing harness for x86 shadow paging."""

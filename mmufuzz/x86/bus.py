@@ -1,0 +1,46 @@
+"""What an executing CPU needs from the world around it."""
+
+from __future__ import annotations
+
+from mypy_extensions import mypyc_attr
+
+from mmufuzz.x86.state import Regs
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Bus:
+    """Memory and system operations behind an instruction.
+
+    Addresses are linear (gva) and already masked to the address size. Implementations translate,
+    may raise ``Fault``, and may end the instruction with an exception of their own (a VM exit).
+    ``size`` is 1..32 bytes, or 10 for an 80-bit x87 value. The implementation
+    splits an access that crosses a page.
+    """
+
+    def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
+        """Read ``size`` bytes, little endian. With ``rmw`` the instruction will store to the same place: check for write."""
+        raise NotImplementedError
+
+    def store(self, regs: Regs, gva: int, size: int, value: int, locked: bool) -> None:
+        """Write ``size`` bytes. With ``locked``, it completes the atomic operation that the matching ``load`` began."""
+        raise NotImplementedError
+
+    def fetch(self, regs: Regs, gva: int, size: int) -> bytes:
+        """Read ``size`` code bytes at ``gva``; the range never crosses a page."""
+        raise NotImplementedError
+
+    def fence(self, regs: Regs) -> None:
+        """MFENCE, and the ordering effect of serialising instructions."""
+        raise NotImplementedError
+
+    def write_cr(self, regs: Regs, number: int, value: int) -> None:
+        """MOV to CR ``number`` (0, 3 or 4)."""
+        raise NotImplementedError
+
+    def invlpg(self, regs: Regs, gva: int) -> None:
+        """INVLPG of the page that holds ``gva``."""
+        raise NotImplementedError
+
+    def halt(self, regs: Regs) -> None:
+        """HLT."""
+        raise NotImplementedError
