@@ -1,0 +1,1 @@
+"""What KVM runs on: threads, the scheduler, locks, TSO memory. Nothing here knows about shadow paging."""

@@ -1,0 +1,553 @@
+"""Threads as greenlets, and the scheduler they call into before every visible operation.
+
+A run is the default schedule (the current thread goes on until it waits, yields or ends; stores drain at once)
+plus deviations from it. Deviations come from a recorded schedule or from a ``Strategy``, and whatever a strategy
+decides is recorded as deviations, so that every run can be repeated from its Case alone.
+
+Scheduling is fair in the sense of Musuvathi and Qadeer (PLDI 2008): a thread that yields gives way to the threads
+it has kept waiting since its last yield.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from greenlet import GreenletExit, greenlet
+from mypy_extensions import mypyc_attr
+
+from mmufuzz.host.deviation import EVICT, FILL, HOLD, RUN, Deviation
+from mmufuzz.host.memory import Memory, Pending, StoreBuffer, mix
+from mmufuzz.host.sites import (
+    BOOT,
+    MAX_OCCURRENCE,
+    MAX_THREADS,
+    THREAD_END,
+    THREAD_START,
+    THREAD_WAIT,
+    THREAD_YIELD,
+    label_thread,
+)
+from mmufuzz.host.strategy import Default, Strategy
+
+PATIENCE: Final = 3000
+"""Events after which deviations whose labels never came up are given up."""
+
+SLICE: Final = 1500
+"""Events after which a thread that never yields is made to: weak fairness for guests that spin on their own."""
+
+NOTE: Final = -1
+"""In a trace, the place of a label: the entry is a note, its second field an index into ``Host.notes``."""
+
+ENDED: Final = 0
+DEADLOCK: Final = 1
+EVENT_LIMIT: Final = 2
+STOPPED: Final = 3
+
+
+@mypyc_attr(native_class=False)
+class RunStop(BaseException):
+    """Ends a run at once, from any thread."""
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Body:
+    """What a thread does."""
+
+    def run(self) -> None:
+        """Runs to the end of the thread."""
+        raise NotImplementedError
+
+    def evict(self, gva: int) -> None:
+        """The TLB of the thread's CPU forgets the page that holds ``gva``."""
+
+    def fill(self, gva: int) -> None:
+        """The CPU translates ``gva`` speculatively."""
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Waitable:
+    """A condition a thread can wait for."""
+
+    def ready(self) -> bool:
+        """True once the waiting thread may go on. Must not have effects."""
+        raise NotImplementedError
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class BoundaryWatcher:
+    """Asked when a thread yields in the liveness phase: the place where a repeated state can be seen."""
+
+    def at_yield(self) -> None:
+        """The current thread has yielded and every other one stands at a yield, a wait or its start."""
+
+
+class Thread:
+    """A host thread pinned to a logical CPU of its own, with that CPU's store buffer."""
+
+    def __init__(self, host: Host, index: int, name: str, body: Body) -> None:
+        self.host = host
+        self.index = index
+        self.name = name
+        self.body = body
+        self.greenlet: greenlet = greenlet(self._main)
+        self.waiting: Waitable | None = None
+        self.done = False
+        self.at_boundary = True
+        self.step = 0
+        self.counts: dict[int, int] = {}
+        self.last = BOOT
+        self.buffer = StoreBuffer(host.memory)
+        self.held_locks: list[int] = []
+        self.history = 0
+        """Fingerprint of everything this thread has done and read: its local state, for the search."""
+
+    def _main(self) -> None:
+        self.host._started(self)
+        self.body.run()
+        self.host._ended(self)
+
+    # Memory operations of this CPU. Each is one visible operation.
+
+    def load(self, site: int, address: int, size: int = 8) -> int:
+        """Read ``size`` bytes within one aligned word."""
+        self.host.point(site)
+        return self.peek(address, size)
+
+    def peek(self, address: int, size: int = 8) -> int:
+        """Read without a scheduling point: for reads glued to the thread's next visible operation."""
+        value = -1
+        if self.buffer.pending:
+            value = self.buffer.forward(address, size)
+        if value < 0:
+            value = self.host.memory.read(address, size)
+        self.host.observed(self, address, value)
+        return value
+
+    def store(self, site: int, address: int, value: int, size: int = 8) -> None:
+        """Write ``size`` bytes within one aligned word; visible to others when the store buffer drains."""
+        host = self.host
+        host.point(site)
+        host.trace.append((self.last, address, value))
+        if host.tso:
+            held = host.may_hold(self.last)
+            if held or self.buffer.pending:
+                self.buffer.pending.append(Pending(self.last, address, size, value, held))
+                return
+        host.memory.write(address, size, value)
+
+    def store_now(self, address: int, value: int, size: int = 8) -> None:
+        """The write half of a locked operation whose read half was this thread's last visible operation."""
+        self.host.trace.append((self.last, address, value))
+        self.host.memory.write(address, size, value)
+
+    def atomic_load(self, site: int, address: int, size: int = 8) -> int:
+        """The read half of a locked operation: drains the buffer, then reads."""
+        self.host.point(site)
+        self.drain()
+        value = self.host.memory.read(address, size)
+        self.host.observed(self, address, value)
+        return value
+
+    def cmpxchg(self, site: int, address: int, old: int, new: int, size: int = 8) -> int:
+        """LOCK CMPXCHG; the value found."""
+        found = self.atomic_load(site, address, size)
+        if found == old:
+            self.store_now(address, new, size)
+        return found
+
+    def xchg(self, site: int, address: int, value: int, size: int = 8) -> int:
+        """XCHG; the value found."""
+        found = self.atomic_load(site, address, size)
+        self.store_now(address, value, size)
+        return found
+
+    def fetch_or(self, site: int, address: int, bits: int, size: int = 8) -> int:
+        """LOCK OR; the value found."""
+        found = self.atomic_load(site, address, size)
+        self.store_now(address, found | bits, size)
+        return found
+
+    def fetch_and(self, site: int, address: int, bits: int, size: int = 8) -> int:
+        """LOCK AND; the value found."""
+        found = self.atomic_load(site, address, size)
+        self.store_now(address, found & bits, size)
+        return found
+
+    def fence(self, site: int) -> None:
+        """A full barrier."""
+        self.host.point(site)
+        self.drain()
+
+    def drain(self) -> None:
+        """Empty the store buffer, as every locked or serialising operation does. Not a visible operation of its own."""
+        if self.buffer.pending:
+            self.buffer.drain(len(self.buffer.pending))
+
+
+class Host:
+    """The machine's threads and their schedule.
+
+    ``status`` after ``run``: ENDED (all threads ended), DEADLOCK, EVENT_LIMIT or STOPPED (somebody raised RunStop).
+    ``deviations`` then holds the schedule that was followed, as deviations.
+    """
+
+    _current: Thread
+
+    def __init__(self, memory: Memory, tso: bool, event_limit: int) -> None:
+        self.memory = memory
+        self._next = -1
+        self.tso = tso
+        self.event_limit = event_limit
+        self.strategy: Strategy = Default()
+        self.strategic = False
+        self.threads: list[Thread] = []
+        self.events = 0
+        self.last = BOOT
+        self.trace: list[tuple[int, int, int]] = []
+        self.notes: list[str] = []
+        self.watcher = BoundaryWatcher()
+        self.status = ENDED
+        self.track = False
+        """Keep ``Thread.history`` up to date; only the exhaustive search needs it."""
+        # The replayed schedule, by label.
+        self._runs: dict[int, int] = {}
+        self._holds: dict[int, int] = {}
+        self._until: dict[int, list[tuple[int, int]]] = {}
+        self._tlb: dict[int, list[Deviation]] = {}
+        self._last_trigger = 0
+        self._slice_start = 0
+        # The followed schedule.
+        self._recorded_runs: list[Deviation] = []
+        self._recorded_holds: dict[int, int] = {}
+        # Fairness windows of Musuvathi and Qadeer: bit masks by thread.
+        self._below: list[int] = []
+        self._enabled_since: list[int] = []
+        self._disabled_by: list[int] = []
+        self._slice_enabled = 0
+        self._scheduled_since: list[int] = []
+
+    def spawn(self, name: str, body: Body) -> Thread:
+        """Add a thread. All threads exist before ``run``."""
+        index = len(self.threads)
+        if index >= MAX_THREADS:
+            raise ValueError(f"more than {MAX_THREADS} threads")
+        thread = Thread(self, index, name, body)
+        self.threads.append(thread)
+        return thread
+
+    def follow(self, schedule: list[Deviation]) -> None:
+        """Replay ``schedule``. Deviations whose labels never come up have no effect."""
+        for deviation in schedule:
+            if deviation.kind == RUN:
+                self._runs.setdefault(deviation.at, deviation.actor)
+            elif deviation.kind == HOLD:
+                self._holds.setdefault(deviation.at, deviation.until)
+            else:
+                self._tlb.setdefault(deviation.at, []).append(deviation)
+
+    def decide_with(self, strategy: Strategy) -> None:
+        """Let ``strategy`` decide instead of a recorded schedule; TLB deviations of ``follow`` still apply."""
+        self.strategy = strategy
+        self.strategic = strategy.horizon > 0
+        self._runs = {}
+        self._holds = {}
+
+    @property
+    def deviations(self) -> list[Deviation]:
+        """The schedule that was followed, as far as it differs from the default."""
+        holds = [Deviation(HOLD, at, label_thread(at), until) for at, until in self._recorded_holds.items()]
+        return self._recorded_runs + holds
+
+    @property
+    def current(self) -> Thread:
+        """The running thread."""
+        return self._current
+
+    def run(self) -> None:
+        """Run all threads to their ends, or until something stops the run."""
+        count = len(self.threads)
+        self._below = [0] * count
+        self._enabled_since = [(1 << count) - 1] * count
+        self._disabled_by = [0] * count
+        self._scheduled_since = [(1 << count) - 1] * count
+        self.strategy.begin(count)
+        self._current = self.threads[0]
+        self._next = self._decide(BOOT, 0, (1 << count) - 1)
+        try:
+            while self._next >= 0:
+                thread = self.threads[self._next]
+                self._enter(thread)
+                thread.greenlet.switch()
+        except RunStop:
+            if self.status == ENDED:
+                self.status = STOPPED
+        finally:
+            for thread in self.threads:
+                if not thread.greenlet.dead:
+                    thread.greenlet.throw(GreenletExit)
+
+    def stop(self, status: int) -> None:
+        """End the run from inside a thread."""
+        self.status = status
+        raise RunStop
+
+    def note(self, text: str) -> None:
+        """Put a line into the trace: a state change that explains what follows."""
+        self.trace.append((NOTE, len(self.notes), self._current.index))
+        self.notes.append(text)
+
+    # Scheduling points.
+
+    def point(self, site: int) -> None:
+        """The current thread is about to perform the visible operation ``site``."""
+        thread = self._current
+        if self.strategic:
+            self._ask(thread)
+        elif self._runs or self._until or self._tlb:
+            self._replay(thread)
+        if self.events - self._slice_start > SLICE:
+            self.yield_(False)
+        self._event(thread, site)
+
+    def _event(self, thread: Thread, site: int) -> None:
+        self.events += 1
+        if self.events > self.event_limit:
+            self.stop(EVENT_LIMIT)
+        key = thread.step << 8 | site
+        occurrence = thread.counts.get(key, 0) + 1
+        if occurrence > MAX_OCCURRENCE:
+            self.stop(EVENT_LIMIT)
+        thread.counts[key] = occurrence
+        last = (thread.index << 20 | key) << 16 | occurrence
+        thread.last = last
+        self.last = last
+        self.trace.append((last, 0, 0))
+        if self.track:
+            thread.history = mix(thread.history, last)
+
+    def observed(self, thread: Thread, address: int, value: int) -> None:
+        """``thread`` read ``value``: part of what determines everything it does from here."""
+        self.trace.append((thread.last, address, value))
+        if self.track:
+            thread.history = mix(thread.history, value)
+
+    def may_hold(self, label: int) -> bool:
+        """Whether the store that was just issued as ``label`` is held."""
+        if self.strategic:
+            if not self.strategy.hold(label):
+                return False
+        elif self._holds and label in self._holds:
+            until = self._holds.pop(label)
+            self._last_trigger = self.events
+            if until != BOOT:
+                self._until.setdefault(until, []).append((label_thread(label), label))
+        else:
+            return False
+        self._recorded_holds[label] = BOOT
+        return True
+
+    def block(self, condition: Waitable) -> None:
+        """Wait until ``condition`` is ready; other threads run meanwhile."""
+        thread = self._current
+        while not condition.ready():
+            thread.waiting = condition
+            self._event(thread, THREAD_WAIT)
+            thread.at_boundary = True
+            self._reschedule(thread, False)
+        thread.waiting = None
+
+    def yield_(self, boundary: bool = True) -> None:
+        """The current thread has made no progress by itself: let the others run first.
+
+        ``boundary`` tells that everything this thread will do is determined by the machine's state alone.
+        """
+        thread = self._current
+        self._event(thread, THREAD_YIELD)
+        thread.at_boundary = boundary
+        self._reschedule(thread, True)
+
+    @property
+    def quiet(self) -> bool:
+        """True in the liveness phase: nothing but the default schedule is left."""
+        if self.strategic:
+            return False
+        if self._runs or self._until or self._tlb or self._holds:
+            if self.events - self._last_trigger <= PATIENCE:
+                return False
+            self._runs = {}
+            self._until = {}
+            self._tlb = {}
+            self._holds = {}
+            self._drain_all()
+        for thread in self.threads:
+            if thread.buffer.pending:
+                return False
+        return True
+
+    # Inside the scheduler.
+
+    def _started(self, thread: Thread) -> None:
+        self._event(thread, THREAD_START)
+
+    def _ended(self, thread: Thread) -> None:
+        self._event(thread, THREAD_END)
+        thread.drain()
+        thread.done = True
+        self._settle()
+        self._next = self._successor(thread, False)
+
+    def _enter(self, thread: Thread) -> None:
+        bit = 1 << thread.index
+        for index in range(len(self.threads)):
+            self._below[index] &= ~bit
+            self._scheduled_since[index] |= bit
+        self._current = thread
+        self._slice_start = self.events
+
+    def _switch(self, thread: Thread) -> None:
+        self._enter(thread)
+        thread.greenlet.switch()
+
+    def _reschedule(self, thread: Thread, yielded: bool) -> None:
+        """``thread`` waits or has yielded; run the next one."""
+        self._settle()
+        if yielded:
+            self._lower(thread)
+        successor = self._successor(thread, yielded)
+        if successor != thread.index:
+            self._switch(self.threads[successor])
+        else:
+            self._enter(thread)
+        thread.at_boundary = False
+
+    def _successor(self, thread: Thread, yielded: bool) -> int:
+        """The thread to run after ``thread`` waited, yielded or ended; -1 when all have ended."""
+        enabled = self._enabled()
+        if not enabled:
+            self._drain_all()
+            enabled = self._enabled()
+        if not enabled:
+            for other in self.threads:
+                if not other.done:
+                    self.stop(DEADLOCK)
+            return -1
+        self._disabled_by[thread.index] |= self._slice_enabled & ~enabled
+        self._slice_enabled = enabled
+        for index in range(len(self.threads)):
+            self._enabled_since[index] &= enabled
+        allowed = self._allowed(enabled)
+        if yielded:
+            self.watcher.at_yield()
+        default = thread.index
+        for _ in range(len(self.threads)):
+            default = (default + 1) % len(self.threads)
+            if allowed >> default & 1:
+                break
+        return self._decide(thread.last, default, allowed)
+
+    def _decide(self, label: int, default: int, allowed: int) -> int:
+        """Who runs after event ``label``, where the default schedule would run ``default``."""
+        if self.strategic:
+            return self._strategy_pick(label, default, allowed)
+        if label in self._runs:
+            chosen = self._runs.pop(label)
+            self._last_trigger = self.events
+            if chosen < len(self.threads) and allowed >> chosen & 1 and chosen != default:
+                self._recorded_runs.append(Deviation(RUN, label, chosen))
+                return chosen
+        return default
+
+    def _strategy_pick(self, label: int, default: int, allowed: int) -> int:
+        """Let the strategy choose a thread; it may drain store buffers first."""
+        count = len(self.threads)
+        while True:
+            if self.events >= self.strategy.horizon:
+                self.strategic = False
+                for thread in self.threads:
+                    self._release(thread, len(thread.buffer.pending))
+                return default
+            actors = allowed
+            for thread in self.threads:
+                if thread.buffer.pending:
+                    actors |= 1 << (count + thread.index)
+            if actors & (actors - 1) == 0:
+                return default
+            chosen = self.strategy.pick(default, actors, label)
+            if chosen < count:
+                if chosen != default:
+                    self._recorded_runs.append(Deviation(RUN, label, chosen))
+                return chosen
+            self._release(self.threads[chosen - count], 1)
+
+    def _release(self, thread: Thread, count: int) -> None:
+        """The oldest ``count`` stores of ``thread`` drain, and those behind them that nobody holds."""
+        pending = thread.buffer.pending
+        while pending and (count > 0 or not pending[0].held):
+            if pending[0].held:
+                self._recorded_holds[pending[0].label] = self.last
+            thread.buffer.drain(1)
+            count -= 1
+
+    def _ask(self, thread: Thread) -> None:
+        allowed = self._allowed(self._enabled()) | 1 << thread.index
+        chosen = self._strategy_pick(thread.last, thread.index, allowed)
+        if chosen != thread.index:
+            self._switch(self.threads[chosen])
+
+    def _replay(self, thread: Thread) -> None:
+        self._settle()
+        if thread.last in self._runs:
+            chosen = self._decide(thread.last, thread.index, self._enabled())
+            if chosen != thread.index:
+                self._switch(self.threads[chosen])
+
+    def _settle(self) -> None:
+        """Carry out what the replayed schedule attaches to the last event: releases of held stores, TLB events."""
+        last = self.last
+        if self._until and last in self._until:
+            self._last_trigger = self.events
+            for index, store in self._until.pop(last):
+                thread = self.threads[index]
+                position = 0
+                while position < len(thread.buffer.pending):
+                    if thread.buffer.pending[position].label == store:
+                        self._release(thread, position + 1)
+                        break
+                    position += 1
+        if self._tlb and last in self._tlb:
+            self._last_trigger = self.events
+            for deviation in self._tlb.pop(last):
+                if deviation.actor < len(self.threads):
+                    body = self.threads[deviation.actor].body
+                    if deviation.kind == EVICT:
+                        body.evict(deviation.address)
+                    elif deviation.kind == FILL:
+                        body.fill(deviation.address)
+
+    def _drain_all(self) -> None:
+        for thread in self.threads:
+            thread.drain()
+
+    def _enabled(self) -> int:
+        """Bit mask of the threads that can run."""
+        mask = 0
+        for thread in self.threads:
+            if not thread.done and (thread.waiting is None or thread.waiting.ready()):
+                mask |= 1 << thread.index
+        return mask
+
+    def _allowed(self, enabled: int) -> int:
+        allowed = 0
+        for index in range(len(self.threads)):
+            if enabled >> index & 1 and not self._below[index] & enabled:
+                allowed |= 1 << index
+        return allowed if allowed else enabled
+
+    def _lower(self, thread: Thread) -> None:
+        """Fairness: ``thread`` yielded to those it kept from running since its last yield."""
+        index = thread.index
+        starved = (self._enabled_since[index] | self._disabled_by[index]) & ~self._scheduled_since[index]
+        self._below[index] |= starved
+        self._enabled_since[index] = self._enabled()
+        self._disabled_by[index] = 0
+        self._scheduled_since[index] = 0
