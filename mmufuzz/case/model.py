@@ -85,8 +85,8 @@ class HostThread:
 class Options:
     """Knobs of the VM and limits of the run.
 
-    ``fep``: KVM honours the forced-emulation prefix (module parameter force_emulation_prefix). ``n_max_mmu_pages``: budget
-    of shadow pages. ``write_track``: gfns that an external user of write tracking protects (as KVMGT does).
+    ``fep``: KVM honours the forced-emulation prefix (module parameter force_emulation_prefix). ``n_max_mmu_pages``:
+    budget of shadow pages. ``write_track``: gfns that an external user of write tracking protects (as KVMGT does).
     ``event_limit``: visible operations after which the run is cut short with the verdict "suspect".
     """
 
@@ -100,8 +100,8 @@ class Options:
 class Expect:
     """What a replay must show.
 
-    ``verdict`` OK or FINDING; for a finding optionally its ``kind`` and ``fingerprint``. ``reach``: names of marks that the
-    run must pass.
+    ``verdict`` OK or FINDING; for a finding optionally its ``kind`` and ``fingerprint``. ``reach``: names of marks
+    that the run must pass.
     """
 
     verdict: str = OK
@@ -112,7 +112,7 @@ class Expect:
 
 @dataclass(frozen=True)
 class Case:
-    """One run of the model, completely described. ``kernel`` is a profile; ``revert`` and ``apply`` are ids of fixes."""
+    """One run of the model, completely described. ``kernel`` is a profile, ``revert`` and ``apply`` hold ids of fixes."""
 
     kernel: str = "v6.12"
     revert: tuple[str, ...] = ()
