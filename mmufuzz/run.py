@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from mmufuzz.case.model import Case
+import hashlib
+from typing import Final
+
+from mmufuzz.case.model import TSO, Case
+from mmufuzz.case.validate import validate
+from mmufuzz.host.deviation import EVICT, FILL
+from mmufuzz.host.memory import GUEST_FRAMES, PAGE_SHIFT, Memory
+from mmufuzz.host.sched import DEADLOCK, EVENT_LIMIT, Host, RunStop
 from mmufuzz.host.strategy import Strategy
-from mmufuzz.outcome import Outcome
+from mmufuzz.kvm.structs import Kvm
+from mmufuzz.kvm.vm import build
+from mmufuzz.oracle.oracles import Oracles
+from mmufuzz.outcome import FINDING, HARNESS_ERROR, OK, SUSPECT, Finding, Outcome
+
+_GUEST_END: Final = GUEST_FRAMES << PAGE_SHIFT >> 3
 
 
 def run(case: Case, strategy: Strategy | None = None, track: bool = False) -> Outcome:
@@ -12,6 +24,73 @@ def run(case: Case, strategy: Strategy | None = None, track: bool = False) -> Ou
 
     With ``strategy`` (whose horizon is above 0) the strategy decides instead of the schedule of the Case (TLB
     deviations of the Case still apply); ``Outcome.schedule`` then repeats its decisions. ``track`` keeps state
-    fingerprints for the exhaustive search. Raises ``CaseError`` if the Case is not valid.
+    fingerprints for the exhaustive search. Raises CaseError if the Case is not valid.
     """
-    raise NotImplementedError
+    validate(case)
+    host = Host(Memory(), case.memory_model == TSO, case.options.event_limit)
+    host.track = track
+    host.memory.track = track
+    kvm = build(case, host)
+    oracles = Oracles(kvm)
+    host.follow(list(case.schedule))
+    if strategy is not None:
+        host.decide_with(strategy)
+    outcome = Outcome()
+    try:
+        host.run()
+        oracles.at_end(host.status)
+    except RunStop:
+        pass
+    except Exception as error:  # Whatever fails inside the model is a finding about mmufuzz itself.
+        place = _place(error)
+        detail = f"{type(error).__name__}: {error} in {place}"
+        oracles.findings.append(Finding(HARNESS_ERROR, f"{type(error).__name__} in {place}", detail, host.last))
+    _fill(outcome, case, host, kvm, oracles)
+    return outcome
+
+
+def _place(error: BaseException) -> str:
+    """Module and function where ``error`` was raised."""
+    trace = error.__traceback__
+    place = "?"
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        place = f"{trace.tb_frame.f_globals.get('__name__', '?')}.{code.co_name}"
+        trace = trace.tb_next
+    return place
+
+
+def _fill(outcome: Outcome, case: Case, host: Host, kvm: Kvm, oracles: Oracles) -> None:
+    outcome.findings = oracles.findings
+    if host.status == EVENT_LIMIT and not oracles.findings:
+        outcome.findings.append(Finding(SUSPECT, "event limit", f"{host.events} visible operations", host.last))
+        outcome.verdict = SUSPECT
+    elif not oracles.findings:
+        outcome.verdict = OK
+    else:
+        outcome.verdict = HARNESS_ERROR if oracles.findings[0].kind == HARNESS_ERROR else FINDING
+    kept = [deviation for deviation in case.schedule if deviation.kind in (EVICT, FILL)]
+    outcome.schedule = tuple(host.deviations + kept)
+    outcome.marks = kvm.marks
+    outcome.exits = kvm.exits
+    outcome.events = host.events
+    outcome.instructions = sum(vcpu.retired for vcpu in kvm.vcpus)
+    outcome.locks = {lock.name: lock.acquisitions for lock in (kvm.mmu_lock, kvm.slots_lock)}
+    outcome.threads = tuple(thread.name for thread in host.threads)
+    outcome.trace = host.trace
+    outcome.notes = host.notes
+    outcome.period = oracles.period
+    outcome.guest = _guest_digest(host, kvm)
+
+
+def _guest_digest(host: Host, kvm: Kvm) -> str:
+    """sha256 of what guests and their userspace can see."""
+    seen: list[object] = []
+    for vcpu in kvm.vcpus:
+        regs = vcpu.regs
+        seen.append((regs.gpr, regs.rip, regs.rflags, regs.cr0, regs.cr2, regs.cr3, regs.cr4, regs.xmm))
+        seen.append((vcpu.exceptions, vcpu.userspace_exits, vcpu.finished))
+    words = host.memory.words
+    seen.append([(index, words[index]) for index in sorted(words) if index < _GUEST_END and words[index]])
+    seen.append(host.status == DEADLOCK)
+    return hashlib.sha256(repr(seen).encode()).hexdigest()

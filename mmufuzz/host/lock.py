@@ -45,15 +45,21 @@ class Lock(Waitable):
         self.history = 0
         """What the critical sections so far did, for the search: data under the lock is a function of it."""
         self.watcher = LockWatcher()
+        host.locks.append(self)
 
     def ready(self) -> bool:
         """True if the lock is visibly free."""
         return self.memory.read(self.address, 8) == FREE
 
+    def fingerprint(self) -> int:
+        """``history``."""
+        return self.history
+
     def acquire(self) -> None:
         """Take the lock, waiting for it if need be."""
         thread = self.host.current
         self.host.point(self.lock_site)
+        self.host.detail(thread.last, self.address, thread.index + 1)
         if self.owner == thread.index:
             self.watcher.lock_misused(f"{self.name} taken twice by {thread.name}")
         if thread.held_locks and thread.held_locks[-1] >= self.rank:

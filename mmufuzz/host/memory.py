@@ -16,7 +16,7 @@ PAGE_SHIFT: Final = 12
 PAGE_SIZE: Final = 1 << PAGE_SHIFT
 ALL_ONES: Final = (1 << 64) - 1
 
-GUEST_FRAMES: Final = 1 << 16
+GUEST_FRAMES: Final = 1 << 17
 """pfns below this back guest memory; shadow pages and kernel variables lie above."""
 
 
@@ -93,6 +93,8 @@ class Pending:
         self.value = value
         self.held = held
         """False for a store that only waits behind a held one."""
+        self.aged = False
+        """True once the thread has yielded with the store pending."""
 
 
 class StoreBuffer:
@@ -115,6 +117,8 @@ class StoreBuffer:
                 if entry.address <= address and address + size <= entry.address + entry.size:
                     return entry.value >> ((address - entry.address) << 3) & ((1 << (size << 3)) - 1)
                 self.drain(position + 1)
+                while self.pending and not self.pending[0].held:
+                    self.drain(1)
                 return -1
             position -= 1
         return -1

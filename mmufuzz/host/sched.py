@@ -24,13 +24,15 @@ from mmufuzz.host.sites import (
     THREAD_END,
     THREAD_START,
     THREAD_WAIT,
+    THREAD_WAKE,
     THREAD_YIELD,
+    label_site,
     label_thread,
 )
 from mmufuzz.host.strategy import Default, Strategy
 
 PATIENCE: Final = 3000
-"""Events after which deviations whose labels never came up are given up."""
+"""Events without a deviation after which those whose labels never came up are given up; bounds every horizon."""
 
 SLICE: Final = 1500
 """Events after which a thread that never yields is made to: weak fairness for guests that spin on their own."""
@@ -72,6 +74,10 @@ class Waitable:
         """True once the waiting thread may go on. Must not have effects."""
         raise NotImplementedError
 
+    def fingerprint(self) -> int:
+        """For an object in ``Host.locks``: what the data it protects is a function of."""
+        return 0
+
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class BoundaryWatcher:
@@ -79,6 +85,10 @@ class BoundaryWatcher:
 
     def at_yield(self) -> None:
         """The current thread has yielded and every other one stands at a yield, a wait or its start."""
+
+    def fingerprint(self) -> int:
+        """With ``Host.track``: all that observers remember of the past and that can change what they report later."""
+        return 0
 
 
 class Thread:
@@ -111,7 +121,9 @@ class Thread:
     def load(self, site: int, address: int, size: int = 8) -> int:
         """Read ``size`` bytes within one aligned word."""
         self.host.point(site)
-        return self.peek(address, size)
+        value = self.peek(address, size)
+        self.host.detail(self.last, address, value)
+        return value
 
     def peek(self, address: int, size: int = 8) -> int:
         """Read without a scheduling point: for reads glued to the thread's next visible operation."""
@@ -120,14 +132,24 @@ class Thread:
             value = self.buffer.forward(address, size)
         if value < 0:
             value = self.host.memory.read(address, size)
-        self.host.observed(self, address, value)
+        self.host.observed(self, value)
         return value
+
+    def peek_bytes(self, address: int, size: int) -> int:
+        """``size`` bytes at any address, read word by word without a scheduling point: an instruction fetch."""
+        first = address & ~7
+        value = 0
+        shift = 0
+        for word in range(first, address + size, 8):
+            value |= self.peek(word) << shift
+            shift += 64
+        return value >> ((address - first) << 3) & (1 << (size << 3)) - 1
 
     def store(self, site: int, address: int, value: int, size: int = 8) -> None:
         """Write ``size`` bytes within one aligned word; visible to others when the store buffer drains."""
         host = self.host
         host.point(site)
-        host.trace.append((self.last, address, value))
+        host.detail(self.last, address, value)
         if host.tso:
             held = host.may_hold(self.last)
             if held or self.buffer.pending:
@@ -137,7 +159,7 @@ class Thread:
 
     def store_now(self, address: int, value: int, size: int = 8) -> None:
         """The write half of a locked operation whose read half was this thread's last visible operation."""
-        self.host.trace.append((self.last, address, value))
+        self.host.detail(self.last, address, value)
         self.host.memory.write(address, size, value)
 
     def atomic_load(self, site: int, address: int, size: int = 8) -> int:
@@ -145,7 +167,8 @@ class Thread:
         self.host.point(site)
         self.drain()
         value = self.host.memory.read(address, size)
-        self.host.observed(self, address, value)
+        self.host.observed(self, value)
+        self.host.detail(self.last, address, value)
         return value
 
     def cmpxchg(self, site: int, address: int, old: int, new: int, size: int = 8) -> int:
@@ -183,6 +206,17 @@ class Thread:
         if self.buffer.pending:
             self.buffer.drain(len(self.buffer.pending))
 
+    def age_stores(self) -> None:
+        """Fairness of the store buffer, when this thread yields or, once it has ended, another one does.
+
+        What was pending the time before becomes visible.
+        """
+        pending = self.buffer.pending
+        while pending and (pending[0].aged or not pending[0].held):
+            self.buffer.drain(1)
+        for entry in pending:
+            entry.aged = True
+
 
 class Host:
     """The machine's threads and their schedule.
@@ -201,6 +235,7 @@ class Host:
         self.strategy: Strategy = Default()
         self.strategic = False
         self.threads: list[Thread] = []
+        self.locks: list[Waitable] = []
         self.events = 0
         self.last = BOOT
         self.trace: list[tuple[int, int, int]] = []
@@ -212,13 +247,14 @@ class Host:
         # The replayed schedule, by label.
         self._runs: dict[int, int] = {}
         self._holds: dict[int, int] = {}
-        self._until: dict[int, list[tuple[int, int]]] = {}
+        self._until: dict[int, list[int]] = {}
         self._tlb: dict[int, list[Deviation]] = {}
         self._last_trigger = 0
         self._slice_start = 0
         # The followed schedule.
         self._recorded_runs: list[Deviation] = []
         self._recorded_holds: dict[int, int] = {}
+        self._recorded_tlb: list[Deviation] = []
         # Fairness windows of Musuvathi and Qadeer: bit masks by thread.
         self._below: list[int] = []
         self._enabled_since: list[int] = []
@@ -241,7 +277,10 @@ class Host:
             if deviation.kind == RUN:
                 self._runs.setdefault(deviation.at, deviation.actor)
             elif deviation.kind == HOLD:
-                self._holds.setdefault(deviation.at, deviation.until)
+                if deviation.at not in self._holds:
+                    self._holds[deviation.at] = deviation.until
+                    if deviation.until != BOOT:
+                        self._until.setdefault(deviation.until, []).append(deviation.at)
             else:
                 self._tlb.setdefault(deviation.at, []).append(deviation)
 
@@ -251,12 +290,31 @@ class Host:
         self.strategic = strategy.horizon > 0
         self._runs = {}
         self._holds = {}
+        self._until = {}
 
     @property
     def deviations(self) -> list[Deviation]:
-        """The schedule that was followed, as far as it differs from the default."""
+        """The schedule that was followed, as far as it differs from the default.
+
+        Holds that end at the same event are listed in the order in which the stores became visible.
+        """
         holds = [Deviation(HOLD, at, label_thread(at), until) for at, until in self._recorded_holds.items()]
-        return self._recorded_runs + holds
+        return self._recorded_runs + holds + self._recorded_tlb
+
+    def fingerprint(self) -> int:
+        """With ``track``: a fingerprint of the whole state, equal for runs that can only go on alike."""
+        state = self.memory.digest
+        for thread in self.threads:
+            state = mix(state, thread.history)
+            for entry in thread.buffer.pending:
+                state = mix(mix(state, entry.label), entry.address)
+                state = mix(mix(state, entry.value), entry.size << 1 | entry.held)
+        for index in range(len(self.threads)):
+            state = mix(mix(state, self._below[index]), self._enabled_since[index])
+            state = mix(mix(state, self._disabled_by[index]), self._scheduled_since[index])
+        for lock in self.locks:
+            state = mix(state, lock.fingerprint())
+        return mix(mix(state, self._slice_enabled), self.watcher.fingerprint())
 
     @property
     def current(self) -> Thread:
@@ -270,10 +328,12 @@ class Host:
         self._enabled_since = [(1 << count) - 1] * count
         self._disabled_by = [0] * count
         self._scheduled_since = [(1 << count) - 1] * count
+        self._slice_enabled = (1 << count) - 1
         self.strategy.begin(count)
         self._current = self.threads[0]
-        self._next = self._decide(BOOT, 0, (1 << count) - 1)
         try:
+            self._settle()
+            self._next = self._decide(BOOT, 0, (1 << count) - 1)
             while self._next >= 0:
                 thread = self.threads[self._next]
                 self._enter(thread)
@@ -325,22 +385,24 @@ class Host:
         if self.track:
             thread.history = mix(thread.history, last)
 
-    def observed(self, thread: Thread, address: int, value: int) -> None:
+    def observed(self, thread: Thread, value: int) -> None:
         """``thread`` read ``value``: part of what determines everything it does from here."""
-        self.trace.append((thread.last, address, value))
         if self.track:
             thread.history = mix(thread.history, value)
+
+    def detail(self, label: int, address: int, value: int) -> None:
+        """Complete the trace entry of event ``label``; a second access glued to the same event is left out."""
+        if self.trace[-1] == (label, 0, 0):
+            self.trace[-1] = (label, address, value)
 
     def may_hold(self, label: int) -> bool:
         """Whether the store that was just issued as ``label`` is held."""
         if self.strategic:
-            if not self.strategy.hold(label):
+            if self._alone() or not self._ask_hold(label):
                 return False
         elif self._holds and label in self._holds:
-            until = self._holds.pop(label)
+            del self._holds[label]
             self._last_trigger = self.events
-            if until != BOOT:
-                self._until.setdefault(until, []).append((label_thread(label), label))
         else:
             return False
         self._recorded_holds[label] = BOOT
@@ -349,12 +411,16 @@ class Host:
     def block(self, condition: Waitable) -> None:
         """Wait until ``condition`` is ready; other threads run meanwhile."""
         thread = self._current
+        if condition.ready():
+            return
+        self._settle_unasked()
         while not condition.ready():
             thread.waiting = condition
             self._event(thread, THREAD_WAIT)
             thread.at_boundary = True
             self._reschedule(thread, False)
         thread.waiting = None
+        self._event(thread, THREAD_WAKE)
 
     def yield_(self, boundary: bool = True) -> None:
         """The current thread has made no progress by itself: let the others run first.
@@ -362,7 +428,11 @@ class Host:
         ``boundary`` tells that everything this thread will do is determined by the machine's state alone.
         """
         thread = self._current
+        self._settle_unasked()
         self._event(thread, THREAD_YIELD)
+        for other in self.threads:
+            if other.buffer.pending and (other is thread or other.done):
+                other.age_stores()
         thread.at_boundary = boundary
         self._reschedule(thread, True)
 
@@ -371,28 +441,29 @@ class Host:
         """True in the liveness phase: nothing but the default schedule is left."""
         if self.strategic:
             return False
-        if self._runs or self._until or self._tlb or self._holds:
-            if self.events - self._last_trigger <= PATIENCE:
-                return False
-            self._runs = {}
-            self._until = {}
-            self._tlb = {}
-            self._holds = {}
-            self._drain_all()
-        for thread in self.threads:
-            if thread.buffer.pending:
-                return False
+        if not (self._runs or self._until or self._tlb or self._holds or self._pending_buffers()):
+            return True
+        if self.events - self._last_trigger <= PATIENCE:
+            return False
+        self._runs = {}
+        self._until = {}
+        self._tlb = {}
+        self._holds = {}
+        self._drain_all()
         return True
 
     # Inside the scheduler.
 
     def _started(self, thread: Thread) -> None:
+        thread.at_boundary = False
         self._event(thread, THREAD_START)
 
     def _ended(self, thread: Thread) -> None:
+        self._settle_unasked()
         self._event(thread, THREAD_END)
-        thread.drain()
+        # The CPU lives on: what its buffer holds becomes visible later, not here.
         thread.done = True
+        thread.at_boundary = True
         self._settle()
         self._next = self._successor(thread, False)
 
@@ -448,7 +519,7 @@ class Host:
     def _decide(self, label: int, default: int, allowed: int) -> int:
         """Who runs after event ``label``, where the default schedule would run ``default``."""
         if self.strategic:
-            return self._strategy_pick(label, default, allowed)
+            return self._pick(label, default, allowed)
         if label in self._runs:
             chosen = self._runs.pop(label)
             self._last_trigger = self.events
@@ -457,42 +528,85 @@ class Host:
                 return chosen
         return default
 
-    def _strategy_pick(self, label: int, default: int, allowed: int) -> int:
-        """Let the strategy choose a thread; it may drain store buffers first."""
-        count = len(self.threads)
-        while True:
-            if self.events >= self.strategy.horizon:
-                self.strategic = False
-                for thread in self.threads:
-                    self._release(thread, len(thread.buffer.pending))
-                return default
-            actors = allowed
+    def _pick(self, label: int, default: int, allowed: int) -> int:
+        """Let the strategy choose a thread."""
+        if allowed & (allowed - 1) == 0:
+            return default
+        chosen = self._question(default, allowed, label)
+        if chosen != default:
+            self._recorded_runs.append(Deviation(RUN, label, chosen))
+        return chosen
+
+    def _question(self, default: int, actors: int, label: int) -> int:
+        strategy = self.strategy
+        strategy.events = self.events
+        if self.track:
+            strategy.state = self.fingerprint()
+        chosen = strategy.pick(default, actors, label)
+        if chosen < 0:
+            self.stop(STOPPED)
+        return chosen if actors >> chosen & 1 else default
+
+    def _ask_hold(self, label: int) -> bool:
+        self.strategy.events = self.events
+        return self.strategy.hold(label)
+
+    def _alone(self) -> bool:
+        """True if no other thread is left that could tell a held store from a drained one."""
+        for thread in self.threads:
+            if not thread.done and thread is not self._current:
+                return False
+        return True
+
+    def _pending_buffers(self) -> int:
+        """Bit mask of the threads whose store buffers are not empty."""
+        mask = 0
+        for thread in self.threads:
+            if thread.buffer.pending:
+                mask |= 1 << thread.index
+        return mask
+
+    def _ask_drains(self) -> None:
+        """Let the strategy drain buffers, one store at a time; at the horizon, hand over to the default schedule."""
+        if self.events >= self.strategy.horizon or self.events >= PATIENCE:
+            self.strategic = False
             for thread in self.threads:
-                if thread.buffer.pending:
-                    actors |= 1 << (count + thread.index)
-            if actors & (actors - 1) == 0:
-                return default
-            chosen = self.strategy.pick(default, actors, label)
-            if chosen < count:
-                if chosen != default:
-                    self._recorded_runs.append(Deviation(RUN, label, chosen))
-                return chosen
-            self._release(self.threads[chosen - count], 1)
+                self._release(thread, len(thread.buffer.pending))
+            return
+        current = self._current
+        while True:
+            mask = self._pending_buffers()
+            if not mask:
+                return
+            chosen = self._question(current.index, mask << len(self.threads) | 1 << current.index, current.last)
+            if chosen == current.index:
+                return
+            self._release(self.threads[chosen - len(self.threads)], 1)
 
     def _release(self, thread: Thread, count: int) -> None:
         """The oldest ``count`` stores of ``thread`` drain, and those behind them that nobody holds."""
         pending = thread.buffer.pending
         while pending and (count > 0 or not pending[0].held):
             if pending[0].held:
+                del self._recorded_holds[pending[0].label]
                 self._recorded_holds[pending[0].label] = self.last
             thread.buffer.drain(1)
             count -= 1
 
     def _ask(self, thread: Thread) -> None:
-        allowed = self._allowed(self._enabled()) | 1 << thread.index
-        chosen = self._strategy_pick(thread.last, thread.index, allowed)
-        if chosen != thread.index:
-            self._switch(self.threads[chosen])
+        if self.events < self.strategy.next_event and self.events < self.strategy.horizon:
+            self._settle_unasked()
+            return
+        if label_site(thread.last) in (THREAD_YIELD, THREAD_START):
+            # Chosen a moment ago and nothing done since: to choose again would add nothing.
+            self._settle_unasked()
+            return
+        self._settle()
+        if self.strategic:
+            allowed = self._allowed(self._enabled()) | 1 << thread.index
+            chosen = self._pick(thread.last, thread.index, allowed)
+            if chosen != thread.index:
+                self._switch(self.threads[chosen])
 
     def _replay(self, thread: Thread) -> None:
         self._settle()
@@ -502,27 +616,48 @@ class Host:
                 self._switch(self.threads[chosen])
 
     def _settle(self) -> None:
-        """Carry out what the replayed schedule attaches to the last event: releases of held stores, TLB events."""
-        last = self.last
-        if self._until and last in self._until:
+        """Carry out what the schedule attaches to the last event: first releases of held stores, then TLB events."""
+        if self.strategic:
+            self._ask_drains()
+        elif self._until and self.last in self._until:
             self._last_trigger = self.events
-            for index, store in self._until.pop(last):
-                thread = self.threads[index]
-                position = 0
-                while position < len(thread.buffer.pending):
-                    if thread.buffer.pending[position].label == store:
-                        self._release(thread, position + 1)
-                        break
-                    position += 1
-        if self._tlb and last in self._tlb:
-            self._last_trigger = self.events
-            for deviation in self._tlb.pop(last):
-                if deviation.actor < len(self.threads):
-                    body = self.threads[deviation.actor].body
-                    if deviation.kind == EVICT:
-                        body.evict(deviation.address)
-                    elif deviation.kind == FILL:
-                        body.fill(deviation.address)
+            for store in self._until.pop(self.last):
+                self._release_store(store)
+        if self._tlb:
+            self._settle_tlb()
+
+    def _settle_unasked(self) -> None:
+        """As ``_settle`` for an event after which a strategy has no choice that matters."""
+        if self._until:
+            self._settle()
+        elif self._tlb:
+            self._settle_tlb()
+
+    def _release_store(self, store: int) -> None:
+        """The store labelled ``store`` drains, if it is pending, and all before it."""
+        thread_index = label_thread(store)
+        if thread_index < len(self.threads):
+            thread = self.threads[thread_index]
+            for position in range(len(thread.buffer.pending)):
+                if thread.buffer.pending[position].label == store:
+                    self._release(thread, position + 1)
+                    break
+
+    def _settle_tlb(self) -> None:
+        if self.last not in self._tlb:
+            return
+        self._last_trigger = self.events
+        for deviation in self._tlb.pop(self.last):
+            if deviation.actor >= len(self.threads):
+                continue
+            self._recorded_tlb.append(deviation)
+            thread = self.threads[deviation.actor]
+            if self.track:
+                thread.history = mix(mix(thread.history, deviation.kind), mix(deviation.address, self.memory.digest))
+            if deviation.kind == EVICT:
+                thread.body.evict(deviation.address)
+            elif deviation.kind == FILL:
+                thread.body.fill(deviation.address)
 
     def _drain_all(self) -> None:
         for thread in self.threads:

@@ -56,6 +56,8 @@ SITE_NAMES: Final = (
     "word.load",
     "word.store",
     "word.atomic",
+    "mmu_valid_gen.load",
+    "thread.wake",
 )
 
 THREAD_START: Final = 0
@@ -103,8 +105,10 @@ LOCK_UNLOCK: Final = 41
 WORD_LOAD: Final = 42
 WORD_STORE: Final = 43
 WORD_ATOMIC: Final = 44
+VALID_GEN_LOAD: Final = 45
+THREAD_WAKE: Final = 46
 
-N_SITES: Final = 45
+N_SITES: Final = 47
 
 STORE_SITES: Final = tuple(site for site in range(N_SITES) if SITE_NAMES[site].endswith((".store", ".unlock")))
 """Sites whose stores may be held in the store buffer."""

@@ -1,0 +1,266 @@
+"""KVM's instruction emulator (emulate.c) and its memory accesses (x86.c:emulator_read_write and below).
+
+Instruction semantics and the ALU are shared with the hardware side; what is KVM's own is which opcodes it knows, how it
+translates, and what a store sets off.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mypy_extensions import mypyc_attr
+
+from mmufuzz.host.memory import PAGE_SHIFT, PAGE_SIZE
+from mmufuzz.host.sites import EMUL_ATOMIC, EMUL_FETCH, EMUL_LOAD, EMUL_STORE
+from mmufuzz.kvm.memslots import gfn_to_memslot, gpa_to_hpa
+from mmufuzz.kvm.root import kvm_mmu_invlpg, kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
+from mmufuzz.kvm.structs import INVALID_GPA, Vcpu
+from mmufuzz.kvm.track import kvm_mmu_track_write
+from mmufuzz.kvm.walker import gva_to_gpa
+from mmufuzz.x86.bus import Bus
+from mmufuzz.x86.decode import Truncated, decode
+from mmufuzz.x86.insn import Insn
+from mmufuzz.x86.paging import ACCESS_FETCH, ACCESS_USER, ACCESS_WRITE
+from mmufuzz.x86.state import PFERR_WRITE, VECTOR_GP, VECTOR_PF, Fault, Regs
+
+CACHE_LINE: Final = 64
+MAX_FETCH: Final = 15
+
+# What the emulator's opcode tables lack: decoding fails (reference section 5.4, emulate.c:opcode_table, twobyte_table).
+_NO_ENTRY: Final = frozenset(
+    ("movss", "fstp", "vmovdqu", "mfence", "lfence", "sfence", "ud2"),
+)
+
+# Entries that decode and then fail in execution (em_cmpxchg8b with REX.W).
+_EXECUTION_FAILS: Final = frozenset(("cmpxchg16b",))
+
+
+@mypyc_attr(native_class=False)
+class EmulationFailed(Exception):
+    """EMULATION_FAILED: the emulator does not know the instruction."""
+
+
+@mypyc_attr(native_class=False)
+class CmpxchgFailed(Exception):
+    """X86EMUL_CMPXCHG_FAILED: somebody else changed the operand; the guest executes the instruction again."""
+
+
+def can_decode(insn: Insn) -> bool:
+    """True if emulate.c's opcode tables have an entry."""
+    return insn.mnemonic not in _NO_ENTRY
+
+
+def can_execute(insn: Insn) -> bool:
+    """True unless the entry fails when it is executed."""
+    return insn.mnemonic not in _EXECUTION_FAILS
+
+
+def x86_page_table_writing_insn(insn: Insn) -> bool:
+    """emulate.c:x86_page_table_writing_insn: opcodes taken for updates of page tables (reference section 5.3)."""
+    opcode = insn.opcode
+    if insn.opcode_map == 0:
+        if 0x08 <= opcode <= 0x0D or 0x20 <= opcode <= 0x25:
+            return True
+        if opcode in (0x80, 0x81, 0x82, 0x83):
+            return insn.reg_field in (1, 4)
+        return opcode in (0x86, 0x87, 0x88, 0x89, 0xA2, 0xA3, 0xC6, 0xC7)
+    if insn.opcode_map == 1:
+        if opcode == 0xBA:
+            return insn.reg_field in (5, 7)
+        if opcode == 0xC7:
+            return insn.mnemonic == "cmpxchg8b"
+        return opcode in (0xAB, 0xBB, 0xB0, 0xB1)
+    return False
+
+
+def x86_decode_insn(vcpu: Vcpu) -> Insn:
+    """emulate.c:x86_decode_insn, __do_insn_fetch_bytes: fetch through the guest's tables as they are at this moment.
+
+    Raises EmulationFailed for an opcode without entry, Fault for a fetch that the guest must see.
+    """
+    regs = vcpu.regs
+    bus = EmulatorBus(vcpu)
+    in_page = PAGE_SIZE - (regs.rip & PAGE_SIZE - 1)
+    code = bus.fetch(regs, regs.rip, min(MAX_FETCH, in_page))
+    try:
+        insn = decode(code, regs.long_mode)
+    except Truncated:
+        code += bus.fetch(regs, regs.rip + in_page, MAX_FETCH - in_page)
+        insn = _decode_or_fail(code, regs)
+    except Fault as fault:
+        if fault.vector == VECTOR_GP:
+            raise
+        raise EmulationFailed from fault
+    if not can_decode(insn):
+        raise EmulationFailed
+    return insn
+
+
+def _decode_or_fail(code: bytes, regs: Regs) -> Insn:
+    try:
+        return decode(code, regs.long_mode)
+    except Fault as fault:
+        if fault.vector == VECTOR_GP:
+            raise
+        raise EmulationFailed from fault
+
+
+class EmulatorBus(Bus):
+    """The emulator's view of memory and control registers (x86.c:emulate_ops)."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self.vcpu = vcpu
+        self.expected = -1
+        """What the last locked load read: the comparand of the cmpxchg that will write back."""
+
+    def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
+        """x86.c:emulator_read_emulated. A #PF of a read-modify-write carries W (emulate.c:x86_emulate_insn)."""
+        value = 0
+        done = 0
+        for at, count in pages(gva, size):
+            gpa = self._translate(at, 0, PFERR_WRITE if rmw else 0)
+            value |= self._read_page(at, gpa, count) << (done << 3)
+            done += count
+        if locked:
+            self.expected = value
+        return value
+
+    def store(self, regs: Regs, gva: int, size: int, value: int, locked: bool) -> None:
+        """emulate.c:writeback: a plain store, or emulator_cmpxchg_emulated after a locked load."""
+        if locked and self._cmpxchg(gva, size, value):
+            return
+        done = 0
+        for at, count in pages(gva, size):
+            part = value >> (done << 3) & (1 << (count << 3)) - 1
+            gpa = self._translate(at, ACCESS_WRITE, 0)
+            self._write_page(at, gpa, count, part)
+            done += count
+
+    def fetch(self, regs: Regs, gva: int, size: int) -> bytes:
+        """x86.c:kvm_fetch_guest_virt."""
+        gpa = self._translate(gva, ACCESS_FETCH, 0)
+        if gfn_to_memslot(self.vcpu.kvm, gpa >> PAGE_SHIFT) is None:
+            raise EmulationFailed
+        thread = self.vcpu.kvm.host.current
+        thread.host.point(EMUL_FETCH)
+        return thread.peek_bytes(gpa_to_hpa(gpa), size).to_bytes(size, "little")
+
+    def fence(self, regs: Regs) -> None:
+        """Not reached: the emulator has no fences."""
+
+    def write_cr(self, regs: Regs, number: int, value: int) -> None:
+        """emulate.c:em_cr_write."""
+        if not set_cr(self.vcpu, number, value):
+            raise Fault(VECTOR_GP, 0)
+
+    def invlpg(self, regs: Regs, gva: int) -> None:
+        """emulate.c:em_invlpg."""
+        kvm_mmu_invlpg(self.vcpu, gva)
+        self.vcpu.kvm.observer.guest_invalidated(self.vcpu.index, gva)
+
+    def halt(self, regs: Regs) -> None:
+        """x86.c:kvm_emulate_halt."""
+        self.vcpu.userspace_exits.append("hlt")
+        self.vcpu.progress += 1
+
+    def _translate(self, gva: int, access: int, extra_error: int) -> int:
+        """x86.c:vcpu_mmio_gva_to_gpa; raises the guest's #PF."""
+        vcpu = self.vcpu
+        if vcpu.regs.cpl == 3:
+            access |= ACCESS_USER
+        gpa, error_code = gva_to_gpa(vcpu, gva, access)
+        if gpa == INVALID_GPA:
+            raise Fault(VECTOR_PF, error_code | extra_error, gva)
+        if gfn_to_memslot(vcpu.kvm, gpa >> PAGE_SHIFT) is not None:
+            vcpu.kvm.observer.guest_access(vcpu.index, gva, gpa_to_hpa(gpa), access, True)
+        return gpa
+
+    def _read_page(self, gva: int, gpa: int, size: int) -> int:
+        """x86.c:emulator_read_write_onepage, reading: no slot means MMIO, which reads as zero here."""
+        if gfn_to_memslot(self.vcpu.kvm, gpa >> PAGE_SHIFT) is None:
+            self._mmio_exit("read", gpa)
+            return 0
+        thread = self.vcpu.kvm.host.current
+        value = 0
+        done = 0
+        for at, count in words(gpa_to_hpa(gpa), size):
+            value |= thread.load(EMUL_LOAD, at, count) << (done << 3)
+            done += count
+        return value
+
+    def _write_page(self, gva: int, gpa: int, size: int, value: int) -> None:
+        """x86.c:emulator_write_phys: store, then tell the shadow MMU. No slot, or a read-only one: an MMIO exit."""
+        kvm = self.vcpu.kvm
+        slot = gfn_to_memslot(kvm, gpa >> PAGE_SHIFT)
+        if slot is None or slot.readonly:
+            self._mmio_exit("write", gpa)
+            return
+        thread = kvm.host.current
+        done = 0
+        for at, count in words(gpa_to_hpa(gpa), size):
+            thread.store(EMUL_STORE, at, value >> (done << 3) & (1 << (count << 3)) - 1, count)
+            done += count
+        kvm_mmu_track_write(self.vcpu, gpa, size)
+
+    def _cmpxchg(self, gva: int, size: int, value: int) -> bool:
+        """x86.c:emulator_cmpxchg_emulated; False where KVM falls back to a plain write."""
+        kvm = self.vcpu.kvm
+        if size > 8 or size & (size - 1) or (gva & CACHE_LINE - 1) + size > CACHE_LINE:
+            return False
+        gpa, _ = gva_to_gpa(self.vcpu, gva, ACCESS_WRITE | (ACCESS_USER if self.vcpu.regs.cpl == 3 else 0))
+        if gpa == INVALID_GPA:
+            return False
+        slot = gfn_to_memslot(kvm, gpa >> PAGE_SHIFT)
+        if slot is None or slot.readonly or (gpa & 7) + size > 8:
+            return False
+        kvm.mark("emulate.cmpxchg")
+        found = kvm.host.current.cmpxchg(EMUL_ATOMIC, gpa_to_hpa(gpa), self.expected, value, size)
+        if found != self.expected:
+            kvm.mark("emulate.cmpxchg_failed")
+            raise CmpxchgFailed
+        kvm_mmu_track_write(self.vcpu, gpa, size)
+        return True
+
+    def _mmio_exit(self, what: str, gpa: int) -> None:
+        """KVM_EXIT_MMIO; the modelled userspace has no device there."""
+        self.vcpu.userspace_exits.append(f"mmio {what} {gpa:#x}")
+        self.vcpu.kvm.mark("exit_userspace.mmio")
+
+
+def set_cr(vcpu: Vcpu, number: int, value: int) -> bool:
+    """MOV to CR ``number``, by exit or emulated; False asks for #GP(0)."""
+    if number == 3:
+        done = kvm_set_cr3(vcpu, value)
+    elif number == 0:
+        done = kvm_set_cr0(vcpu, value)
+    elif number == 4:
+        done = kvm_set_cr4(vcpu, value)
+    else:
+        vcpu.regs.cr2 = value
+        return True
+    if done:
+        vcpu.kvm.observer.guest_invalidated(vcpu.index, -1)
+    return done
+
+
+def pages(gva: int, size: int) -> list[tuple[int, int]]:
+    """The pieces of an access by page: (address, bytes)."""
+    first = PAGE_SIZE - (gva & PAGE_SIZE - 1)
+    if size <= first:
+        return [(gva, size)]
+    return [(gva, first), (gva + first, size - first)]
+
+
+def words(address: int, size: int) -> list[tuple[int, int]]:
+    """The pieces of an access by aligned 64-bit word, each of 1, 2, 4 or 8 bytes."""
+    if size in (1, 2, 4, 8) and (address & 7) + size <= 8:
+        return [(address, size)]
+    pieces = []
+    while size:
+        count = 8
+        while count > size or address & (count - 1):
+            count >>= 1
+        pieces.append((address, count))
+        address += count
+        size -= count
+    return pieces

@@ -1,0 +1,225 @@
+"""Every behaviour that differs between kernels, as a switch.
+
+A *fix* is what a person names on the command line. It turns one or more *behaviours* of the model on; the model asks
+for a behaviour at the one place where it matters. A kernel profile is the set of fixes that kernel has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from mmufuzz.case.error import CaseError
+
+BENIGN: Final = "benign"
+
+# Behaviours.
+REEXECUTE_LOCKLESS: Final = "reexecute-lockless"
+REEXECUTE_ONE_PATH: Final = "reexecute-one-path"
+REEXECUTE_FLAG_ONLY: Final = "reexecute-flag-only"
+BARRIER_EMULATOR: Final = "track-write-barrier.emulator"
+BARRIER_ACCOUNT: Final = "track-write-barrier.account"
+RETRY_REWRITE: Final = "retry-rewrite"
+RETRY_CHECK: Final = "retry-guard.check"
+RETRY_RECORD_FAULT: Final = "retry-guard.fault"
+RETRY_RECORD_FAILURE: Final = "retry-guard.failure"
+UNPROTECT_IFF_ZAPPED: Final = "skip-emulation-iff-unprotected"
+WRITE_PF_TO_SP: Final = "write-pf-to-sp"
+REEXECUTE_OPT_IN: Final = "reexecute-opt-in"
+SELF_CHANGE_IN_FETCH: Final = "self-change-in-fetch"
+TRACK_DIRECT_CALL: Final = "page-track-direct-call"
+DUMMY_ROOT: Final = "dummy-root"
+
+KERNELS: Final = ("v6.1", "v6.8", "v6.9", "v6.12")
+LATEST: Final = "v6.12"
+
+
+@dataclass(frozen=True)
+class Fix:
+    """``kernel``: first profile that has it. ``shows``: finding kind that reverting it must show, or BENIGN.
+
+    ``behaviours``: what reverting turns off. ``zoo``: entry of the zoo of historical bugs, if it is one.
+    """
+
+    id: str
+    title: str
+    commit: str
+    kernel: str
+    shows: str
+    behaviours: tuple[str, ...]
+    citation: str
+    zoo: str = ""
+
+
+FIXES: Final = (
+    Fix(
+        "reexecute-lockless",
+        "KVM: x86/mmu: Don't acquire mmu_lock when using indirect_shadow_pages as a heuristic",
+        "474b99ed703b",
+        "v6.9",
+        BENIGN,
+        (REEXECUTE_LOCKLESS,),
+        "x86.c:reexecute_instruction",
+        "I1",
+    ),
+    Fix(
+        "reexecute-one-path",
+        "KVM: x86: Drop dedicated logic for direct MMUs in reexecute_instruction()",
+        "515c18a64e70",
+        "v6.9",
+        BENIGN,
+        (REEXECUTE_ONE_PATH,),
+        "x86.c:reexecute_instruction",
+    ),
+    Fix(
+        "reexecute-flag-only",
+        "KVM: x86: Drop superfluous check on direct MMU vs. WRITE_PF_TO_SP flag",
+        "dfeef3d3f310",
+        "v6.9",
+        BENIGN,
+        (REEXECUTE_FLAG_ONLY,),
+        "x86.c:reexecute_instruction",
+    ),
+    Fix(
+        "track-write-barrier",
+        "KVM: x86/mmu: Fix a largely theoretical race in kvm_mmu_track_write()",
+        "226d9b8f1688",
+        "v6.12",
+        "coherence",
+        (BARRIER_EMULATOR, BARRIER_ACCOUNT),
+        "mmu.c:kvm_mmu_track_write, account_shadowed",
+        "H1",
+    ),
+    Fix(
+        "track-write-barrier.emulator",
+        "the half of track-write-barrier in kvm_mmu_track_write()",
+        "226d9b8f1688",
+        "v6.12",
+        "coherence",
+        (BARRIER_EMULATOR,),
+        "mmu.c:kvm_mmu_track_write",
+    ),
+    Fix(
+        "track-write-barrier.account",
+        "the half of track-write-barrier in account_shadowed()",
+        "226d9b8f1688",
+        "v6.12",
+        "coherence",
+        (BARRIER_ACCOUNT,),
+        "mmu.c:account_shadowed",
+    ),
+    Fix(
+        "retry-guard",
+        "KVM: x86: retry protection by (last_retry_eip, last_retry_addr) on every unprotect path",
+        "01dd4d319207, dabc4ff70c35, 4df685664bed",
+        "v6.12",
+        "livelock",
+        (RETRY_CHECK, RETRY_RECORD_FAULT, RETRY_RECORD_FAILURE),
+        "mmu.c:kvm_mmu_write_protect_fault, __kvm_mmu_unprotect_gfn_and_retry",
+        "A3",
+    ),
+    Fix(
+        "skip-emulation-iff-unprotected",
+        "KVM: x86/mmu: Skip emulation on page fault iff 1+ SPs were unprotected",
+        "2fb2b7877b3a",
+        "v6.12",
+        "livelock",
+        (UNPROTECT_IFF_ZAPPED, RETRY_RECORD_FAULT, RETRY_RECORD_FAILURE),
+        "mmu.c:kvm_mmu_write_protect_fault; x86.c:x86_emulate_instruction",
+        "A2",
+    ),
+    Fix(
+        "write-pf-to-sp",
+        "KVM: x86: Check EMULTYPE_WRITE_PF_TO_SP before unprotecting gfn",
+        "19ab2c8be070",
+        "v6.1",
+        "livelock",
+        (WRITE_PF_TO_SP, RETRY_RECORD_FAILURE),
+        "x86.c:kvm_unprotect_and_retry_on_failure; paging_tmpl.h:FNAME(fetch)",
+        "A4",
+    ),
+    Fix(
+        "reexecute-opt-in",
+        "KVM: x86: Invert emulation re-execute behavior to make it opt-in",
+        "8065dbd1ee0e",
+        "v6.1",
+        "livelock",
+        (REEXECUTE_OPT_IN,),
+        "x86.c:kvm_unprotect_and_retry_on_failure",
+        "A5",
+    ),
+    Fix(
+        "retry-rewrite",
+        "KVM: x86: Fix multiple #PF RO infinite loop bugs (the series; its retry policy as a whole)",
+        "4ececec19a09..98a69b96caca",
+        "v6.12",
+        "livelock",
+        (RETRY_REWRITE,),
+        "mmu.c:kvm_mmu_page_fault; x86.c:x86_emulate_instruction",
+    ),
+    Fix(
+        "self-change-in-fetch",
+        "KVM: x86/mmu: Detect write #PF to shadow pages during FNAME(fetch) walk",
+        "258d985f6eb3, 39fda5d873eb",
+        "v6.8",
+        BENIGN,
+        (SELF_CHANGE_IN_FETCH,),
+        "paging_tmpl.h:FNAME(is_self_change_mapping), FNAME(fetch)",
+    ),
+    Fix(
+        "page-track-direct-call",
+        "KVM: x86/mmu: call kvm_mmu_track_write() directly instead of through the SRCU notifier list",
+        "6.6 page-track overhaul",
+        "v6.8",
+        BENIGN,
+        (TRACK_DIRECT_CALL,),
+        "page_track.c:kvm_page_track_write; kernel/rcu/srcutree.c:__srcu_read_lock",
+    ),
+    Fix(
+        "dummy-root",
+        "KVM: x86/mmu: Use dummy root, backed by zero page, for !visible guest roots",
+        "6.6 pull",
+        "v6.8",
+        BENIGN,
+        (DUMMY_ROOT,),
+        "mmu.c:mmu_alloc_shadow_roots",
+    ),
+)
+
+_BY_NAME: Final = {name: fix for fix in FIXES for name in (fix.id, fix.zoo.lower()) if name}
+
+
+def find(name: str) -> Fix:
+    """The fix with id (or zoo entry) ``name``; raises CaseError for an unknown one."""
+    fix = _BY_NAME.get(name.lower())
+    if fix is None:
+        raise CaseError(f"fix {name!r}", "expected an id that 'mmufuzz fixes list' prints")
+    return fix
+
+
+def behaviours(kernel: str, revert: tuple[str, ...], apply: tuple[str, ...]) -> frozenset[str]:
+    """What the model does for profile ``kernel`` with ``revert`` taken away, then ``apply`` added.
+
+    Raises CaseError for an unknown profile or fix.
+    """
+    if kernel == "latest":
+        kernel = LATEST
+    if kernel not in KERNELS:
+        raise CaseError(f"kernel {kernel!r}", f"expected one of {', '.join(KERNELS)}, latest")
+    has: dict[str, bool] = {}
+    for fix in FIXES:
+        if KERNELS.index(fix.kernel) <= KERNELS.index(kernel):
+            for behaviour in fix.behaviours:
+                has[behaviour] = True
+    # A behaviour that two fixes share belongs to the later kernel only if both name it there.
+    for fix in FIXES:
+        if KERNELS.index(fix.kernel) > KERNELS.index(kernel):
+            for behaviour in fix.behaviours:
+                has.pop(behaviour, None)
+    for name in revert:
+        for behaviour in find(name).behaviours:
+            has.pop(behaviour, None)
+    for name in apply:
+        for behaviour in find(name).behaviours:
+            has[behaviour] = True
+    return frozenset(has)

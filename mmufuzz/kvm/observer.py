@@ -1,0 +1,25 @@
+"""How the oracles see the machine. The model calls; it never asks."""
+
+from __future__ import annotations
+
+from mypy_extensions import mypyc_attr
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Observer:
+    """Does nothing. ``vcpu`` is a vCPU's index; addresses are bytes; ``access`` has the bits of a #PF error code."""
+
+    def guest_access(self, vcpu: int, gva: int, hpa: int, access: int, emulated: bool) -> None:
+        """An access to guest memory at ``gva`` reaches host physical ``hpa``: by hardware, or by the emulator."""
+
+    def guest_fault(self, vcpu: int, gva: int, error_code: int) -> None:
+        """The guest is about to receive a #PF."""
+
+    def guest_invalidated(self, vcpu: int, gva: int) -> None:
+        """The guest completed an architectural invalidation: INVLPG of ``gva``, or of everything (-1)."""
+
+    def mmu_lock_releasing(self) -> None:
+        """mmu_lock is about to be released: KVM's bookkeeping must be consistent."""
+
+    def warn(self, site: str, text: str) -> None:
+        """A WARN_ON or KVM_BUG_ON of the modelled kernel fired in ``site``."""

@@ -1,0 +1,224 @@
+"""The kernel's structures: struct kvm, kvm_vcpu, kvm_mmu, kvm_mmu_page, kvm_memory_slot (kvm_host.h, mmu_internal.h).
+
+State that is only touched under mmu_lock is plain attributes. State that is read or written without it lives in
+host memory, at an address kept here, and is accessed through the running thread's CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mmufuzz.case.model import Options
+from mmufuzz.case.model import Vcpu as VcpuSpec
+from mmufuzz.host.lock import Lock
+from mmufuzz.host.memory import PAGE_SHIFT, Memory
+from mmufuzz.host.sched import Host, Thread
+from mmufuzz.host.sites import MMU_LOCK, MMU_UNLOCK, SLOTS_LOCK, SLOTS_UNLOCK
+from mmufuzz.kvm.fixes import (
+    BARRIER_ACCOUNT,
+    BARRIER_EMULATOR,
+    DUMMY_ROOT,
+    REEXECUTE_FLAG_ONLY,
+    REEXECUTE_LOCKLESS,
+    REEXECUTE_ONE_PATH,
+    REEXECUTE_OPT_IN,
+    RETRY_CHECK,
+    RETRY_RECORD_FAILURE,
+    RETRY_RECORD_FAULT,
+    RETRY_REWRITE,
+    SELF_CHANGE_IN_FETCH,
+    TRACK_DIRECT_CALL,
+    UNPROTECT_IFF_ZAPPED,
+    WRITE_PF_TO_SP,
+)
+from mmufuzz.kvm.observer import Observer
+from mmufuzz.x86.state import Regs
+from mmufuzz.x86.tlb import Tlb
+
+FIRST_GUEST_PFN: Final = 1 << 12
+"""gfn 0 is backed by this pfn: no gfn equals the pfn behind it, so mistaking one for the other shows."""
+
+FIRST_SHADOW_PFN: Final = 1 << 20
+KERNEL_DATA: Final = 1 << 44
+"""Addresses of kernel variables; host memory from here on is invisible to guests."""
+WRITE_TRACK_BASE: Final = KERNEL_DATA + (1 << 30)
+ROLE_INVALID_BASE: Final = KERNEL_DATA + (1 << 36)
+FLOODING_OFFSET: Final = 1 << 36
+
+# vcpu->mode
+OUTSIDE_GUEST_MODE: Final = 0
+IN_GUEST_MODE: Final = 1
+EXITING_GUEST_MODE: Final = 2
+READING_SHADOW_PAGE_TABLES: Final = 3
+
+INVALID_GPA: Final = -1
+INVALID_PFN: Final = -1
+
+
+class Fixes:
+    """``Kvm.has``, with one attribute per behaviour so that asking costs nothing."""
+
+    def __init__(self, behaviours: frozenset[str]) -> None:
+        self.reexecute_lockless = REEXECUTE_LOCKLESS in behaviours
+        self.reexecute_one_path = REEXECUTE_ONE_PATH in behaviours
+        self.reexecute_flag_only = REEXECUTE_FLAG_ONLY in behaviours
+        self.barrier_emulator = BARRIER_EMULATOR in behaviours
+        self.barrier_account = BARRIER_ACCOUNT in behaviours
+        self.retry_rewrite = RETRY_REWRITE in behaviours
+        self.retry_check = RETRY_CHECK in behaviours
+        self.retry_record_fault = RETRY_RECORD_FAULT in behaviours
+        self.retry_record_failure = RETRY_RECORD_FAILURE in behaviours
+        self.unprotect_iff_zapped = UNPROTECT_IFF_ZAPPED in behaviours
+        self.write_pf_to_sp = WRITE_PF_TO_SP in behaviours
+        self.reexecute_opt_in = REEXECUTE_OPT_IN in behaviours
+        self.self_change_in_fetch = SELF_CHANGE_IN_FETCH in behaviours
+        self.track_direct_call = TRACK_DIRECT_CALL in behaviours
+        self.dummy_root = DUMMY_ROOT in behaviours
+
+
+class MemSlot:
+    """struct kvm_memory_slot. ``rmap[level - 1][gfn]``: addresses of the leaf SPTEs that map gfn at that level."""
+
+    def __init__(self, base_gfn: int, npages: int, readonly: bool) -> None:
+        self.base_gfn = base_gfn
+        self.npages = npages
+        self.readonly = readonly
+        self.rmap: list[dict[int, list[int]]] = [{}, {}, {}]
+        self.disallow_lpage: list[dict[int, int]] = [{}, {}]
+        """Reasons against a huge mapping, by level - 2 and huge frame number."""
+
+
+class ShadowPage:
+    """struct kvm_mmu_page."""
+
+    def __init__(self, pfn: int, gfn: int, role: int, valid_gen: int) -> None:
+        self.pfn = pfn
+        self.gfn = gfn
+        self.role = role
+        self.invalid = False
+        """role.invalid; its lockless readers go through memory at ``invalid_address``."""
+        self.invalid_address = ROLE_INVALID_BASE + (pfn - FIRST_SHADOW_PFN << 3)
+        self.mmu_valid_gen = valid_gen
+        self.root_count = 0
+        self.flooding_address = self.invalid_address + FLOODING_OFFSET
+        """write_flooding_count, which lockless walks reset."""
+        self.used: dict[int, bool] = {}
+        """Indices whose SPTE was ever set: the others need no look."""
+        self.parent_ptes: list[int] = []
+        self.shadowed_gfn: dict[int, int] = {}
+        """gfn each present leaf SPTE maps, by index; only for pages that shadow gPTEs."""
+        self.unsync = False
+        self.unsync_children = 0
+        self.hashed = True
+        self.active = True
+
+    def spte_address(self, index: int) -> int:
+        """Host physical address of SPTE ``index`` (0..511)."""
+        return self.pfn << PAGE_SHIFT | index << 3
+
+
+class Mmu:
+    """struct kvm_mmu of a vCPU: the one root this vCPU runs on, and what was asked for it."""
+
+    def __init__(self) -> None:
+        self.root_pfn = INVALID_PFN
+        self.root_sp: ShadowPage | None = None
+        """None for a special root: the PAE root of a direct MMU, or the dummy root."""
+        self.root_dummy = False
+        self.root_pgd = 0
+        """gfn of the guest's root table."""
+        self.cpu_role = 0
+        self.root_role = 0
+        self.direct = False
+        self.pae_root_pfn = INVALID_PFN
+        self.pae_roots: list[ShadowPage] = []
+
+
+class Vcpu:
+    """struct kvm_vcpu, with the logical CPU it is pinned to."""
+
+    def __init__(self, kvm: Kvm, index: int, spec: VcpuSpec) -> None:
+        self.kvm = kvm
+        self.index = index
+        self.spec = spec
+        self.regs = Regs()
+        self.mmu = Mmu()
+        self.tlb = Tlb()
+        base = KERNEL_DATA + 0x1000 + (index << 8)
+        self.mode_address = base
+        self.requests_address = base + 8
+        self.ipi_address = base + 16
+        self.irqs_disabled = False
+        self.in_guest = False
+        self.last_retry_eip = 0
+        self.last_retry_addr = 0
+        self.mmio_gfn = -1
+        self.mmio_gva = -1
+        self.pending_fault: tuple[int, int] | None = None
+        """A #PF queued for the guest: address and error code."""
+        self.pending_exception: tuple[int, int] | None = None
+        """Another exception queued for the guest: vector and error code."""
+        self.instruction_done = False
+        """The emulator completed the instruction of this exit."""
+        self.skip_step = False
+        """Userspace makes the guest go on at its next step."""
+        self.exceptions: list[tuple[int, int, int, int]] = []
+        """What the guest was delivered: vector, error code, CR2 (0 but for #PF), RIP."""
+        self.userspace_exits: list[str] = []
+        self.progress = 0
+        """Instructions retired, exceptions delivered and exits to userspace: what must grow."""
+        self.retired = 0
+        self.finished = False
+
+    @property
+    def thread(self) -> Thread:
+        """The thread that runs this vCPU."""
+        return self.kvm.host.threads[self.index]
+
+
+class Kvm:
+    """struct kvm."""
+
+    def __init__(self, host: Host, options: Options, behaviours: frozenset[str]) -> None:
+        self.host = host
+        self.memory: Memory = host.memory
+        self.options = options
+        self.fixes = Fixes(behaviours)
+        self.observer = Observer()
+        self.marks: dict[str, int] = {}
+        self.exits: dict[str, int] = {}
+        self.slots: list[MemSlot] = []
+        self.vcpus: list[Vcpu] = []
+        # The ranks follow Documentation/virt/kvm/locking.rst: slots_lock outside, mmu_lock innermost.
+        self.slots_lock = Lock(host, "slots_lock", 1, KERNEL_DATA + 0x108, SLOTS_LOCK, SLOTS_UNLOCK)
+        self.mmu_lock = Lock(host, "mmu_lock", 2, KERNEL_DATA + 0x100, MMU_LOCK, MMU_UNLOCK)
+        self.indirect_shadow_pages = KERNEL_DATA + 0x110
+        """Address of the counter; plain accesses under mmu_lock, lockless reads elsewhere."""
+        self.mmu_valid_gen_address = KERNEL_DATA + 0x118
+        self.mmu_valid_gen = 0
+        self.mmu_page_hash: dict[int, list[ShadowPage]] = {}
+        """gfn to bucket; the newest page first."""
+        self.active_mmu_pages: list[ShadowPage] = []
+        """Newest first; the oldest is reclaimed first."""
+        self.zapped_obsolete_pages: list[ShadowPage] = []
+        self.n_used_mmu_pages = 0
+        self.by_pfn: dict[int, ShadowPage] = {}
+        self.next_pfn = FIRST_SHADOW_PFN
+        self.dummy_root_pfn = INVALID_PFN
+
+    def mark(self, name: str) -> None:
+        """Count that the run passed the named point (``kvm.marks.MARKS``)."""
+        self.marks[name] = self.marks.get(name, 0) + 1
+
+    def warn_on(self, condition: bool, site: str, text: str) -> bool:
+        """WARN_ON_ONCE: reports ``text`` from kernel function ``site`` if ``condition`` holds, and answers it."""
+        if condition:
+            self.observer.warn(site, text)
+        return condition
+
+    def alloc_frame(self) -> int:
+        """A zeroed host frame; pfns are never reused."""
+        pfn = self.next_pfn
+        self.next_pfn = pfn + 1
+        return pfn
+

@@ -1,0 +1,214 @@
+"""The run loop of a vCPU (x86.c:vcpu_run, vcpu_enter_guest) and the handling of its exits."""
+
+from __future__ import annotations
+
+from mmufuzz.case.model import ZAP_ALL_FAST
+from mmufuzz.host.sched import Body
+from mmufuzz.host.sites import MB, MODE_LOAD, MODE_STORE, REQUESTS_LOAD, VCPU_ENTRY, VCPU_EXIT
+from mmufuzz.kvm.emulate import set_cr
+from mmufuzz.kvm.fault import EMULATE, RESUME, kvm_ack_ipi_if_sent, kvm_mmu_page_fault
+from mmufuzz.kvm.guest import (
+    EXIT_CR,
+    EXIT_DONE,
+    EXIT_HLT,
+    EXIT_INVLPG,
+    EXIT_PF,
+    EXIT_UD,
+    GuestBus,
+    VmExit,
+    deliver,
+    next_step,
+    run_guest,
+    settle_rip,
+)
+from mmufuzz.kvm.requests import (
+    REQ_LOAD_MMU_PGD,
+    REQ_MMU_FREE_OBSOLETE_ROOTS,
+    REQ_MMU_SYNC,
+    REQ_TLB_FLUSH,
+    REQ_TLB_FLUSH_CURRENT,
+    REQ_TLB_FLUSH_GUEST,
+    kvm_check_request,
+)
+from mmufuzz.kvm.root import (
+    kvm_init_shadow_mmu,
+    kvm_mmu_free_obsolete_roots,
+    kvm_mmu_invlpg,
+    kvm_mmu_load,
+)
+from mmufuzz.kvm.structs import IN_GUEST_MODE, INVALID_PFN, OUTSIDE_GUEST_MODE, Kvm, Vcpu
+from mmufuzz.kvm.x86 import EXIT_TO_USERSPACE, RESUME_GUEST, handle_ud, x86_emulate_instruction
+from mmufuzz.kvm.zap import kvm_mmu_zap_all_fast
+from mmufuzz.x86.state import VECTOR_GP, VECTOR_PF
+
+
+class HostBody(Body):
+    """A host thread: its operations one after the other."""
+
+    def __init__(self, kvm: Kvm, ops: tuple[str, ...]) -> None:
+        self.kvm = kvm
+        self.ops = ops
+
+    def run(self) -> None:
+        """To the last operation."""
+        thread = self.kvm.host.current
+        for step in range(len(self.ops)):
+            thread.step = step
+            if self.ops[step] == ZAP_ALL_FAST:
+                self.kvm.mark("host.zap_all_fast")
+                kvm_mmu_zap_all_fast(self.kvm)
+
+
+class VcpuBody(Body):
+    """The host thread of one vCPU: KVM_RUN in a loop, as userspace does it."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self.vcpu = vcpu
+        self.bus = GuestBus(vcpu)
+
+    def run(self) -> None:
+        """Until the guest's program ends."""
+        vcpu = self.vcpu
+        kvm_init_shadow_mmu(vcpu)
+        while not vcpu.finished:
+            before = vcpu.progress
+            if vcpu_enter_guest(vcpu, self.bus) != RESUME_GUEST:
+                userspace(vcpu)
+            if vcpu.progress == before and not vcpu.finished:
+                # It re-enters without having got anywhere: the others go first.
+                vcpu.kvm.host.yield_()
+
+    def evict(self, gva: int) -> None:
+        """The TLB forgets the page."""
+        self.vcpu.tlb.evict(gva >> 12)
+
+    def fill(self, gva: int) -> None:
+        """The CPU translates ahead, if it is in guest mode."""
+        if self.vcpu.in_guest:
+            self.bus.fill(gva)
+
+
+def userspace(vcpu: Vcpu) -> None:
+    """KVM_RUN returned: the modelled userspace handles the exit and runs the vCPU again."""
+    vcpu.progress += 1
+    if vcpu.skip_step:
+        vcpu.skip_step = False
+        next_step(vcpu)
+
+
+def vcpu_enter_guest(vcpu: Vcpu, bus: GuestBus) -> int:
+    """x86.c:vcpu_enter_guest: service requests, enter, handle the exit."""
+    kvm = vcpu.kvm
+    thread = kvm.host.current
+    service_requests(vcpu)
+    deliver_queued(vcpu)
+    if vcpu.finished:
+        return RESUME_GUEST
+    if vcpu.mmu.root_pfn == INVALID_PFN and kvm_mmu_load(vcpu) != 0:
+        vcpu.userspace_exits.append("enospc")
+        vcpu.skip_step = True
+        return EXIT_TO_USERSPACE
+    vcpu.irqs_disabled = True
+    thread.store(MODE_STORE, vcpu.mode_address, IN_GUEST_MODE)
+    # The barrier of the store-buffering pair with kvm_make_all_cpus_request.
+    thread.fence(MB)
+    mode = thread.load(MODE_LOAD, vcpu.mode_address)
+    if mode != IN_GUEST_MODE or thread.load(REQUESTS_LOAD, vcpu.requests_address):
+        kvm.mark("entry.cancelled")
+        leave_guest_mode(vcpu)
+        return RESUME_GUEST
+    kvm.host.point(VCPU_ENTRY)
+    thread.drain()
+    vcpu.in_guest = True
+    vmexit = run_guest(vcpu, bus)
+    vcpu.in_guest = False
+    kvm.host.point(VCPU_EXIT)
+    thread.drain()
+    leave_guest_mode(vcpu)
+    kvm.exits[vmexit.reason] = kvm.exits.get(vmexit.reason, 0) + 1
+    return handle_exit(vcpu, vmexit)
+
+
+def leave_guest_mode(vcpu: Vcpu) -> None:
+    """mode = OUTSIDE_GUEST_MODE, then interrupts on: a pending kick is taken."""
+    vcpu.kvm.host.current.store(MODE_STORE, vcpu.mode_address, OUTSIDE_GUEST_MODE)
+    vcpu.irqs_disabled = False
+    kvm_ack_ipi_if_sent(vcpu)
+
+
+def service_requests(vcpu: Vcpu) -> None:
+    """The requests in the order vcpu_enter_guest services them."""
+    thread = vcpu.kvm.host.current
+    pending = thread.load(REQUESTS_LOAD, vcpu.requests_address)
+    if not pending:
+        return
+    if kvm_check_request(vcpu, pending, REQ_MMU_FREE_OBSOLETE_ROOTS):
+        kvm_mmu_free_obsolete_roots(vcpu)
+    # kvm_mmu_sync_roots and kvm_mmu_load_pgd: no page is ever unsync, and the root is read at entry.
+    kvm_check_request(vcpu, pending, REQ_MMU_SYNC)
+    kvm_check_request(vcpu, pending, REQ_LOAD_MMU_PGD)
+    flush = kvm_check_request(vcpu, pending, REQ_TLB_FLUSH)
+    flush = kvm_check_request(vcpu, pending, REQ_TLB_FLUSH_CURRENT) or flush
+    flush = kvm_check_request(vcpu, pending, REQ_TLB_FLUSH_GUEST) or flush
+    if flush:
+        vcpu.tlb.flush_all()
+
+
+def deliver_queued(vcpu: Vcpu) -> None:
+    """Event injection at entry."""
+    if vcpu.pending_fault is not None:
+        gva, error_code = vcpu.pending_fault
+        vcpu.pending_fault = None
+        deliver(vcpu, VECTOR_PF, error_code, gva)
+    elif vcpu.pending_exception is not None:
+        vector, code = vcpu.pending_exception
+        vcpu.pending_exception = None
+        deliver(vcpu, vector, code, 0)
+
+
+def handle_exit(vcpu: Vcpu, vmexit: VmExit) -> int:
+    """vmx.c:vmx_handle_exit."""
+    reason = vmexit.reason
+    if reason == EXIT_PF:
+        result = kvm_mmu_page_fault(vcpu, vmexit.a, vmexit.b)
+        if result.code == RESUME:
+            return RESUME_GUEST
+        if result.code == EMULATE:
+            return finish_emulation(vcpu, x86_emulate_instruction(vcpu, vmexit.a, result.emultype))
+        vcpu.userspace_exits.append("enospc")
+        vcpu.skip_step = True
+        return EXIT_TO_USERSPACE
+    if reason == EXIT_UD:
+        return finish_emulation(vcpu, handle_ud(vcpu))
+    if reason == EXIT_CR:
+        if set_cr(vcpu, vmexit.a, vmexit.b):
+            skip_emulated_instruction(vcpu, vmexit.length)
+        else:
+            deliver(vcpu, VECTOR_GP, 0, 0)
+    elif reason == EXIT_INVLPG:
+        kvm_mmu_invlpg(vcpu, vmexit.a)
+        vcpu.kvm.observer.guest_invalidated(vcpu.index, vmexit.a)
+        skip_emulated_instruction(vcpu, vmexit.length)
+    elif reason == EXIT_HLT:
+        vcpu.userspace_exits.append("hlt")
+        skip_emulated_instruction(vcpu, vmexit.length)
+        return EXIT_TO_USERSPACE
+    elif reason == EXIT_DONE:
+        vcpu.finished = True
+    return RESUME_GUEST
+
+
+def finish_emulation(vcpu: Vcpu, result: int) -> int:
+    """An instruction that the emulator completed may end its step."""
+    if vcpu.instruction_done:
+        vcpu.instruction_done = False
+        settle_rip(vcpu)
+    return result
+
+
+def skip_emulated_instruction(vcpu: Vcpu, length: int) -> None:
+    """vmx.c:skip_emulated_instruction: the hardware reports the ``length`` of what exited."""
+    vcpu.regs.rip += length
+    vcpu.retired += 1
+    vcpu.progress += 1
+    settle_rip(vcpu)

@@ -1,0 +1,216 @@
+"""Exits that need the emulator, and the policy of retrying instead (x86.c), in its three historical forms."""
+
+from __future__ import annotations
+
+from mmufuzz.host.memory import PAGE_SHIFT
+from mmufuzz.host.sites import COUNT_LOAD
+from mmufuzz.kvm.emulate import (
+    CmpxchgFailed,
+    EmulationFailed,
+    EmulatorBus,
+    can_execute,
+    x86_decode_insn,
+    x86_page_table_writing_insn,
+)
+from mmufuzz.kvm.fault import (
+    EMULTYPE_ALLOW_RETRY_PF,
+    EMULTYPE_TRAP_UD,
+    EMULTYPE_TRAP_UD_FORCED,
+    EMULTYPE_WRITE_PF_TO_SP,
+    inject_page_fault,
+)
+from mmufuzz.kvm.memslots import gfn_to_memslot
+from mmufuzz.kvm.structs import INVALID_GPA, Vcpu
+from mmufuzz.kvm.track import kvm_mmu_unprotect_gfn_and_retry, kvm_mmu_unprotect_page
+from mmufuzz.kvm.walker import gva_to_gpa
+from mmufuzz.x86.execute import execute
+from mmufuzz.x86.insn import Insn
+from mmufuzz.x86.paging import ACCESS_WRITE
+from mmufuzz.x86.state import VECTOR_PF, VECTOR_UD, Fault
+
+RESUME_GUEST = 1
+EXIT_TO_USERSPACE = 0
+
+FORCED_EMULATION_PREFIX = b"\x0f\x0bkvm"
+
+
+def handle_ud(vcpu: Vcpu) -> int:
+    """x86.c:handle_ud: a #UD exit; the forced-emulation prefix sends the instruction behind it to the emulator."""
+    emultype = EMULTYPE_TRAP_UD
+    try:
+        signature = EmulatorBus(vcpu).fetch(vcpu.regs, vcpu.regs.rip, len(FORCED_EMULATION_PREFIX))
+        if signature == FORCED_EMULATION_PREFIX:
+            vcpu.kvm.mark("emulate.forced")
+            vcpu.regs.rip += len(FORCED_EMULATION_PREFIX)
+            emultype = EMULTYPE_TRAP_UD_FORCED
+    except (Fault, EmulationFailed):
+        pass
+    return x86_emulate_instruction(vcpu, 0, emultype)
+
+
+def x86_emulate_instruction(vcpu: Vcpu, gva: int, emultype: int) -> int:
+    """x86.c:x86_emulate_instruction: RESUME_GUEST or EXIT_TO_USERSPACE. ``gva`` is CR2 of the #PF, if one led here."""
+    kvm = vcpu.kvm
+    kvm.mark("emulate")
+    try:
+        insn = x86_decode_insn(vcpu)
+    except EmulationFailed:
+        kvm.mark("emulate.decode_failed")
+        return _on_failure(vcpu, gva, emultype, None)
+    except Fault as fault:
+        return _on_failure(vcpu, gva, emultype, fault)
+    if emultype & EMULTYPE_TRAP_UD:
+        # The #UD intercept without the prefix is for foreign hypercalls; every other instruction gets its #UD.
+        queue_exception(vcpu, Fault(VECTOR_UD))
+        return RESUME_GUEST
+    if _retry_instruction(vcpu, gva, emultype, insn):
+        kvm.mark("emulate.retried")
+        return RESUME_GUEST
+    return _x86_emulate_insn(vcpu, gva, emultype, insn)
+
+
+def _x86_emulate_insn(vcpu: Vcpu, gva: int, emultype: int, insn: Insn) -> int:
+    """emulate.c:x86_emulate_insn and what x86_emulate_instruction does with its result."""
+    kvm = vcpu.kvm
+    if not can_execute(insn):
+        kvm.mark("emulate.execution_failed")
+        return _on_failure(vcpu, gva, emultype, None)
+    rip = vcpu.regs.rip
+    exits = len(vcpu.userspace_exits)
+    try:
+        execute(vcpu.regs, insn, EmulatorBus(vcpu))
+    except Fault as fault:
+        kvm.mark("emulate.fault")
+        queue_exception(vcpu, fault)
+        return RESUME_GUEST
+    except CmpxchgFailed:
+        vcpu.regs.rip = rip
+        return RESUME_GUEST
+    kvm.mark("emulate.done")
+    kvm.host.note(f"emulated {insn.mnemonic}")
+    vcpu.retired += 1
+    vcpu.progress += 1
+    vcpu.instruction_done = True
+    return EXIT_TO_USERSPACE if len(vcpu.userspace_exits) > exits else RESUME_GUEST
+
+
+def _on_failure(vcpu: Vcpu, gva: int, emultype: int, fault: Fault | None) -> int:
+    """Decoding or execution failed: retry natively, raise what the fetch raised, or give up."""
+    if emultype & (EMULTYPE_TRAP_UD | EMULTYPE_TRAP_UD_FORCED):
+        queue_exception(vcpu, Fault(VECTOR_UD))
+        return RESUME_GUEST
+    if _retry_on_failure(vcpu, gva, emultype):
+        vcpu.kvm.mark("emulate.reexecuted")
+        return RESUME_GUEST
+    if fault is not None:
+        queue_exception(vcpu, fault)
+        return RESUME_GUEST
+    return handle_emulation_failure(vcpu)
+
+
+def _retry_instruction(vcpu: Vcpu, gva: int, emultype: int, insn: Insn) -> bool:
+    """Before emulating: unprotect the gfn and let the CPU retry, unless the instruction looks like a gPTE update."""
+    kvm = vcpu.kvm
+    if not kvm.fixes.retry_rewrite:
+        return _retry_instruction_before_rewrite(vcpu, gva, emultype, insn)
+    if not emultype & EMULTYPE_ALLOW_RETRY_PF or x86_page_table_writing_insn(insn):
+        return False
+    zapped = kvm_mmu_unprotect_gfn_and_retry(vcpu, gva, False)
+    return zapped or not kvm.fixes.unprotect_iff_zapped
+
+
+def _retry_instruction_before_rewrite(vcpu: Vcpu, gva: int, emultype: int, insn: Insn) -> bool:
+    """x86.c:retry_instruction (6.1 to 6.11): reads and clears the guard, and retries even if nothing was zapped."""
+    last_eip = vcpu.last_retry_eip
+    last_addr = vcpu.last_retry_addr
+    vcpu.last_retry_eip = 0
+    vcpu.last_retry_addr = 0
+    if not emultype & EMULTYPE_ALLOW_RETRY_PF or x86_page_table_writing_insn(insn):
+        return False
+    if vcpu.regs.rip == last_eip and gva == last_addr:
+        return False
+    vcpu.last_retry_eip = vcpu.regs.rip
+    vcpu.last_retry_addr = gva
+    gpa, _ = gva_to_gpa(vcpu, gva, ACCESS_WRITE)
+    if gpa != INVALID_GPA:
+        kvm_mmu_unprotect_page(vcpu.kvm, gpa >> PAGE_SHIFT)
+    return True
+
+
+def _retry_on_failure(vcpu: Vcpu, gva: int, emultype: int) -> bool:
+    """After a failed emulation: True to resume the guest and let the CPU execute the instruction."""
+    kvm = vcpu.kvm
+    if not kvm.fixes.reexecute_opt_in:
+        # Before 4.19 re-execution was the default for every caller.
+        emultype |= EMULTYPE_ALLOW_RETRY_PF
+        emultype &= ~EMULTYPE_WRITE_PF_TO_SP
+    if not emultype & EMULTYPE_ALLOW_RETRY_PF:
+        return False
+    if not kvm.fixes.retry_rewrite:
+        return reexecute_instruction(vcpu, gva, emultype)
+    # kvm_unprotect_and_retry_on_failure
+    if emultype & EMULTYPE_WRITE_PF_TO_SP:
+        kvm.mark("reexecute.write_pf_to_sp")
+        return False
+    kvm_mmu_unprotect_gfn_and_retry(vcpu, gva, True)
+    return True
+
+
+def reexecute_instruction(vcpu: Vcpu, gva: int, emultype: int) -> bool:
+    """x86.c:reexecute_instruction (6.1 to 6.11), with each patch of the Feb 2024 series as a switch."""
+    kvm = vcpu.kvm
+    fixes = kvm.fixes
+    gpa, _ = gva_to_gpa(vcpu, gva, ACCESS_WRITE)
+    if gpa == INVALID_GPA:
+        return True
+    gfn = gpa >> PAGE_SHIFT
+    if gfn_to_memslot(kvm, gfn) is None and fixes.reexecute_opt_in:
+        return False
+    direct = vcpu.mmu.direct
+    if direct and not fixes.reexecute_one_path:
+        if _read_indirect_shadow_pages(vcpu, fixes.reexecute_lockless):
+            kvm_mmu_unprotect_page(kvm, gfn)
+        return True
+    if not fixes.reexecute_one_path or _read_indirect_shadow_pages(vcpu, fixes.reexecute_lockless):
+        kvm_mmu_unprotect_page(kvm, gfn)
+    if direct and not fixes.reexecute_flag_only:
+        return True
+    return not emultype & EMULTYPE_WRITE_PF_TO_SP
+
+
+def _read_indirect_shadow_pages(vcpu: Vcpu, lockless: bool) -> bool:
+    """The heuristic of the seed: is there any gSP at all? Before 6.9 mmu_lock was taken just to read it."""
+    kvm = vcpu.kvm
+    if lockless:
+        count = kvm.host.current.load(COUNT_LOAD, kvm.indirect_shadow_pages)
+    else:
+        kvm.mmu_lock.acquire()
+        count = kvm.host.current.load(COUNT_LOAD, kvm.indirect_shadow_pages)
+        kvm.mmu_lock.release()
+    kvm.mark("reexecute.count_nonzero" if count else "reexecute.count_zero")
+    return count != 0
+
+
+def handle_emulation_failure(vcpu: Vcpu) -> int:
+    """x86.c:handle_emulation_failure: #UD, and for a supervisor an exit with KVM_EXIT_INTERNAL_ERROR.
+
+    The modelled userspace takes the exit as the end of the instruction, in place of the #UD.
+    """
+    kvm = vcpu.kvm
+    if vcpu.regs.cpl != 0:
+        kvm.mark("emulate.failure_ud")
+        queue_exception(vcpu, Fault(VECTOR_UD))
+        return RESUME_GUEST
+    kvm.mark("exit_userspace.internal_error")
+    kvm.host.note("KVM_EXIT_INTERNAL_ERROR: emulation failed")
+    vcpu.userspace_exits.append("internal-error")
+    vcpu.skip_step = True
+    return EXIT_TO_USERSPACE
+
+
+def queue_exception(vcpu: Vcpu, fault: Fault) -> None:
+    """x86.c:inject_emulated_exception."""
+    if fault.vector == VECTOR_PF:
+        inject_page_fault(vcpu, fault.address, fault.error_code)
+    else:
+        vcpu.pending_exception = (fault.vector, fault.error_code)
