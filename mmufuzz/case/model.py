@@ -20,7 +20,8 @@ MAX_GFN: Final = 1 << 16
 # Paging modes of a vCPU.
 LONG4: Final = "long4"  # 64-bit mode, 4-level paging: shadow paging with an indirect MMU
 FLAT32: Final = "flat32"  # 32-bit protected mode, CR0.PG = 0: direct MMU
-MODES: Final = (LONG4, FLAT32)
+NPT4: Final = "npt4"  # L2 without paging of its own, behind a 4-level nested page table, on a host with 5 levels
+MODES: Final = (LONG4, FLAT32, NPT4)
 
 # Operations of a host thread.
 ZAP_ALL_FAST: Final = "zap_all_fast"  # what a memslot update causes
@@ -58,7 +59,8 @@ class Word:
 class Vcpu:
     """One vCPU: registers it starts with, and its program.
 
-    ``flags``: any of "wp", "smep", "smap", "nx". ``cr3`` is the gfn of the root table (LONG4). ``code_gva`` (page
+    ``flags``: any of "wp", "smep", "smap", "nx". ``cr3`` is the gfn of the root table (LONG4) or of the nested
+    page table's root (NPT4; such a vCPU implies a VM with TDP, so LONG4 vCPUs cannot stand beside it). ``code_gva`` (page
     aligned) is where the program runs, ``code_gfn`` the first frame it is stored in. ``regs`` are pairs of register
     number (0..15, encoding order) and value. Each step of ``program`` holds 1..15 instruction bytes, a
     forced-emulation prefix included. Where a step's bytes end, execution goes on at the next step.

@@ -150,7 +150,7 @@ class EmulatorBus(Bus):
 
     def write_cr(self, regs: Regs, number: int, value: int) -> None:
         """emulate.c:em_cr_write."""
-        if not set_cr(self.vcpu, number, value):
+        if self.vcpu.guest_mode or not set_cr(self.vcpu, number, value):
             raise Fault(VECTOR_GP, 0)
 
     def invlpg(self, regs: Regs, gva: int) -> None:

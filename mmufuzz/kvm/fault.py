@@ -28,7 +28,7 @@ from mmufuzz.kvm.structs import INVALID_PFN, OUTSIDE_GUEST_MODE, READING_SHADOW_
 from mmufuzz.kvm.walker import GuestWalker, walk_addr
 from mmufuzz.kvm.write_track import is_obsolete_sp, kvm_gfn_is_write_tracked
 from mmufuzz.kvm.zap import make_mmu_pages_available
-from mmufuzz.x86.paging import paging_config, table_index
+from mmufuzz.x86.paging import table_index
 from mmufuzz.x86.state import PFERR_PRESENT, PFERR_RSVD
 
 EMULTYPE_PF: Final = 1 << 0
@@ -81,7 +81,7 @@ def _before_rewrite(vcpu: Vcpu, gva: int, result: int, emultype: int) -> PageFau
     """6.1 to 6.11: a write-protected gfn is RET_PF_EMULATE, and every emulation that is not MMIO may be retried."""
     if result not in (RET_PF_EMULATE, RET_PF_WRITE_PROTECTED):
         return PageFaultResult(RESUME, 0)
-    if not mmio_info_in_cache(vcpu, gva):
+    if not mmio_info_in_cache(vcpu, gva) and not vcpu.guest_mode:
         emultype |= EMULTYPE_ALLOW_RETRY_PF
     return PageFaultResult(EMULATE, emultype)
 
@@ -96,7 +96,9 @@ def kvm_mmu_write_protect_fault(vcpu: Vcpu, gva: int, emultype: int) -> PageFaul
     vcpu.last_retry_eip = 0
     vcpu.last_retry_addr = 0
     kvm.warn_on(mmio_info_in_cache(vcpu, gva), "kvm_mmu_write_protect_fault", "write-protected gfn in the MMIO cache")
-    return PageFaultResult(EMULATE, emultype | EMULTYPE_ALLOW_RETRY_PF)
+    if not vcpu.guest_mode:
+        emultype |= EMULTYPE_ALLOW_RETRY_PF
+    return PageFaultResult(EMULATE, emultype)
 
 
 def page_fault(vcpu: Vcpu, fault: PageFault) -> int:
@@ -134,7 +136,7 @@ def _adjust_for_cr0_wp(vcpu: Vcpu, fault: PageFault, walker: GuestWalker) -> Non
 
     The SPTE becomes a supervisor one; under SMEP it must not become executable by that.
     """
-    config = paging_config(vcpu.regs)
+    config = vcpu.paging
     if (
         fault.write
         and not walker.pte_access & ACC_WRITE_MASK
@@ -266,7 +268,7 @@ def mmio_info_in_cache(vcpu: Vcpu, gva: int) -> bool:
 
 def is_self_change_mapping(vcpu: Vcpu, walker: GuestWalker, fault: PageFault) -> bool:
     """FNAME(is_self_change_mapping) (6.1): the faulting gfn is one of the tables walked, the root included."""
-    config = paging_config(vcpu.regs)
+    config = vcpu.paging
     if not walker.pte_access & ACC_WRITE_MASK and (config.cr0_wp or fault.user):
         return False
     for level in range(walker.level, config.level + 1):

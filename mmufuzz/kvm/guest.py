@@ -26,7 +26,7 @@ from mmufuzz.x86.execute import execute
 from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.mmu import HardwareMmu, HostPhys
 from mmufuzz.x86.paging import ACCESS_FETCH, ACCESS_USER, ACCESS_WRITE, PagingConfig
-from mmufuzz.x86.state import CR0_PG, CR4_SMAP, CR4_SMEP, FLAG_AC, VECTOR_PF, VECTOR_UD, Fault, Regs
+from mmufuzz.x86.state import CR0_PG, CR4_SMAP, CR4_SMEP, FLAG_AC, VECTOR_GP, VECTOR_PF, VECTOR_UD, Fault, Regs
 
 # Exit reasons.
 EXIT_INTERRUPT: Final = "external-interrupt"
@@ -38,6 +38,7 @@ EXIT_HLT: Final = "hlt"
 EXIT_DONE: Final = "program-end"
 
 MAX_INSN: Final = 15
+SVM_EXIT_NPF: Final = 0x400
 
 
 @mypyc_attr(native_class=False)
@@ -110,7 +111,7 @@ class GuestBus(Bus):
     def translate(self, gva: int, access: int) -> int:
         """hpa of ``gva``; raises Fault for a #PF, which is always intercepted."""
         vcpu = self.vcpu
-        if vcpu.regs.cpl == 3:
+        if vcpu.regs.cpl == 3 or vcpu.guest_mode:
             access |= ACCESS_USER
         mmu = vcpu.mmu
         hpa = self.mmu.translate(self.hardware_config(), mmu.root_pfn, role_level(mmu.root_role), gva, access)
@@ -121,7 +122,7 @@ class GuestBus(Bus):
         """A speculative translation (SDM 4.10.2.3), attached to some other event."""
         vcpu = self.vcpu
         walker = HardwareMmu(vcpu.tlb, SpeculativeTables(vcpu))
-        access = ACCESS_USER if vcpu.regs.cpl == 3 else 0
+        access = ACCESS_USER if vcpu.regs.cpl == 3 or vcpu.guest_mode else 0
         walker.fill(self.hardware_config(), vcpu.mmu.root_pfn, role_level(vcpu.mmu.root_role), gva, access)
 
     def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
@@ -192,11 +193,16 @@ class GuestBus(Bus):
         self.vcpu.thread.fence(GUEST_FENCE)
 
     def write_cr(self, regs: Regs, number: int, value: int) -> None:
-        """CR0, CR3 and CR4 writes exit with shadow paging."""
+        """CR0, CR3 and CR4 writes exit with shadow paging. An L1 that lets L2 page is not modelled: #GP."""
+        if self.vcpu.guest_mode:
+            raise Fault(VECTOR_GP, 0)
         raise VmExit(EXIT_CR, number, value)
 
     def invlpg(self, regs: Regs, gva: int) -> None:
-        """INVLPG exits with shadow paging."""
+        """INVLPG exits with shadow paging; with nested paging it drops the combined translation."""
+        if self.vcpu.guest_mode:
+            self.vcpu.tlb.invalidate(gva >> 12)
+            return
         raise VmExit(EXIT_INVLPG, gva)
 
     def halt(self, regs: Regs) -> None:
@@ -285,7 +291,10 @@ def fetch_insn(vcpu: Vcpu, bus: GuestBus) -> Insn:
 def deliver(vcpu: Vcpu, vector: int, error_code: int, address: int) -> None:
     """The guest takes an exception: it is logged, and the guest goes on at its next step."""
     if vector == VECTOR_PF:
-        vcpu.regs.cr2 = address
+        if vcpu.guest_mode:
+            vector = SVM_EXIT_NPF  # the nested page fault goes to L1, which resumes L2 behind the instruction
+        else:
+            vcpu.regs.cr2 = address
         vcpu.kvm.observer.guest_fault(vcpu.index, address, error_code)
     vcpu.kvm.host.note(f"guest exception {vector} error {error_code:#x}")
     vcpu.exceptions.append((vector, error_code, address, vcpu.regs.rip))

@@ -13,6 +13,8 @@ from mmufuzz.kvm.role import (
     ROLE_CR0_WP,
     ROLE_DIRECT,
     ROLE_EFER_NX,
+    ROLE_GUEST_MODE,
+    ROLE_PASSTHROUGH,
     ROLE_SMAP_ANDNOT_WP,
     ROLE_SMEP_ANDNOT_WP,
     with_level_access,
@@ -22,6 +24,7 @@ from mmufuzz.kvm.zap import kvm_mmu_commit_zap_page, kvm_mmu_prepare_zap_page, m
 from mmufuzz.x86.paging import PTE_P, PTE_U, PTE_W
 from mmufuzz.x86.state import CR0_PG, CR0_WP, CR4_SMAP, CR4_SMEP, EFER_NX
 
+PT64_ROOT_5LEVEL: Final = 5
 PT64_ROOT_4LEVEL: Final = 4
 PT32E_ROOT_LEVEL: Final = 3
 
@@ -33,6 +36,12 @@ def kvm_init_shadow_mmu(vcpu: Vcpu) -> None:
     """
     regs = vcpu.regs
     mmu = vcpu.mmu
+    if vcpu.guest_mode:
+        # kvm_init_shadow_npt_mmu: a host with 5 levels puts a pass-through table in front of L1's 4.
+        mmu.direct = False
+        mmu.cpu_role = with_level_access(ROLE_GUEST_MODE | ROLE_EFER_NX | ROLE_CR0_WP, PT64_ROOT_4LEVEL, ACC_ALL)
+        mmu.root_role = with_level_access(mmu.cpu_role | ROLE_PASSTHROUGH, PT64_ROOT_5LEVEL, ACC_ALL)
+        return
     if not regs.cr0 & CR0_PG:
         mmu.direct = True
         mmu.cpu_role = with_level_access(ROLE_DIRECT, 0, ACC_ALL)

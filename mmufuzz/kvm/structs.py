@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.case.model import Options
+from mmufuzz.case.model import NPT4, Options
 from mmufuzz.case.model import Vcpu as VcpuSpec
 from mmufuzz.host.lock import Lock
 from mmufuzz.host.memory import PAGE_SHIFT, Memory
@@ -32,6 +32,7 @@ from mmufuzz.kvm.fixes import (
     WRITE_PF_TO_SP,
 )
 from mmufuzz.kvm.observer import Observer
+from mmufuzz.x86.paging import PagingConfig, paging_config
 from mmufuzz.x86.state import Regs
 from mmufuzz.x86.tlb import Tlb
 
@@ -50,6 +51,8 @@ OUTSIDE_GUEST_MODE: Final = 0
 IN_GUEST_MODE: Final = 1
 EXITING_GUEST_MODE: Final = 2
 READING_SHADOW_PAGE_TABLES: Final = 3
+
+_NESTED_PAGING: Final = PagingConfig(4, cr0_wp=True, efer_nx=True)
 
 INVALID_GPA: Final = -1
 INVALID_PFN: Final = -1
@@ -144,6 +147,8 @@ class Vcpu:
         self.regs = Regs()
         self.mmu = Mmu()
         self.tlb = Tlb()
+        self.guest_mode = spec.mode == NPT4
+        """is_guest_mode: an L2 guest runs, and what KVM shadows is L1's nested page table."""
         base = KERNEL_DATA + 0x1000 + (index << 8)
         self.mode_address = base
         self.requests_address = base + 8
@@ -169,6 +174,11 @@ class Vcpu:
         """Instructions retired, exceptions delivered and exits to userspace: what must grow."""
         self.retired = 0
         self.finished = False
+
+    @property
+    def paging(self) -> PagingConfig:
+        """The paging that the shadowed tables implement: the guest's own, or nested paging with 4 levels."""
+        return _NESTED_PAGING if self.guest_mode else paging_config(self.regs)
 
     @property
     def thread(self) -> Thread:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.case.model import CODE_SLOT, LONG4, Case
+from mmufuzz.case.model import CODE_SLOT, LONG4, NPT4, Case
 from mmufuzz.case.model import Vcpu as VcpuSpec
 from mmufuzz.host.memory import PAGE_SHIFT
 from mmufuzz.host.sched import Host
@@ -83,6 +83,8 @@ def init_regs(regs: Regs, spec: VcpuSpec) -> None:
         regs.efer = EFER_LME | EFER_LMA
         if "nx" in spec.flags:
             regs.efer |= EFER_NX
+    if spec.mode == NPT4:
+        regs.cr3 = spec.cr3 << PAGE_SHIFT
     if "smep" in spec.flags:
         regs.cr4 |= CR4_SMEP
     if "smap" in spec.flags:

@@ -8,6 +8,7 @@ from mmufuzz.kvm.memslots import gfn_to_memslot, gpa_to_hpa
 from mmufuzz.kvm.role import ACC_ALL, ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK
 from mmufuzz.kvm.structs import INVALID_GPA, Vcpu
 from mmufuzz.x86.paging import (
+    ACCESS_USER,
     ACCESS_WRITE,
     PTE_A,
     PTE_D,
@@ -19,7 +20,6 @@ from mmufuzz.x86.paging import (
     fault_code,
     is_leaf,
     leaf_frame,
-    paging_config,
     permitted,
     pte_frame,
     reserved_bits,
@@ -62,6 +62,8 @@ def walk_addr(vcpu: Vcpu, gva: int, access: int) -> GuestWalker:
     Reads each gPTE with one load, sets A and D by cmpxchg on guest memory and starts over when it loses. On failure
     ``failed`` is set and ``error_code`` is what the guest's #PF gets.
     """
+    if vcpu.guest_mode:
+        access |= ACCESS_USER  # every nested walk is a user access (APM vol. 2, 15.25.5)
     while True:
         walker = _walk_once(vcpu, gva, access)
         if walker.failed or _update_accessed_dirty_bits(vcpu, walker, access):
@@ -72,7 +74,7 @@ def walk_addr(vcpu: Vcpu, gva: int, access: int) -> GuestWalker:
 def _walk_once(vcpu: Vcpu, gva: int, access: int) -> GuestWalker:
     kvm = vcpu.kvm
     thread = kvm.host.current
-    config = paging_config(vcpu.regs)
+    config = vcpu.paging
     walker = GuestWalker()
     table_gfn = vcpu.regs.cr3 >> PAGE_SHIFT
     level = config.level
@@ -112,14 +114,14 @@ def _walk_once(vcpu: Vcpu, gva: int, access: int) -> GuestWalker:
 
 def _failed(vcpu: Vcpu, walker: GuestWalker, access: int, cause: int) -> GuestWalker:
     walker.failed = True
-    walker.error_code = fault_code(paging_config(vcpu.regs), access, cause)
+    walker.error_code = fault_code(vcpu.paging, access, cause)
     return walker
 
 
 def _update_accessed_dirty_bits(vcpu: Vcpu, walker: GuestWalker, access: int) -> bool:
     """FNAME(update_accessed_dirty_bits): from the top level down; False if a gPTE changed meanwhile."""
     kvm = vcpu.kvm
-    level = paging_config(vcpu.regs).level
+    level = vcpu.paging.level
     while level >= walker.level:
         old = walker.ptes[level]
         new = old | PTE_A

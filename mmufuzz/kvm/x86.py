@@ -197,7 +197,7 @@ def handle_emulation_failure(vcpu: Vcpu) -> int:
     The modelled userspace takes the exit as the end of the instruction, in place of the #UD.
     """
     kvm = vcpu.kvm
-    if vcpu.regs.cpl != 0:
+    if vcpu.regs.cpl != 0 or vcpu.guest_mode:
         kvm.mark("emulate.failure_ud")
         queue_exception(vcpu, Fault(VECTOR_UD))
         return RESUME_GUEST
