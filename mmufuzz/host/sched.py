@@ -222,7 +222,7 @@ class Host:
     """The machine's threads and their schedule.
 
     ``status`` after ``run``: ENDED (all threads ended), DEADLOCK, EVENT_LIMIT or STOPPED (somebody raised RunStop).
-    ``deviations`` then holds the schedule that was followed, as deviations.
+    ``deviations`` then holds the schedule that was followed.
     """
 
     _current: Thread
@@ -254,7 +254,6 @@ class Host:
         # The followed schedule.
         self._recorded_runs: list[Deviation] = []
         self._recorded_holds: dict[int, int] = {}
-        self._recorded_tlb: list[Deviation] = []
         # Fairness windows of Musuvathi and Qadeer: bit masks by thread.
         self._below: list[int] = []
         self._enabled_since: list[int] = []
@@ -294,27 +293,31 @@ class Host:
 
     @property
     def deviations(self) -> list[Deviation]:
-        """The schedule that was followed, as far as it differs from the default.
+        """The preemptions and holds that were followed; TLB deviations are always those given to ``follow``.
 
         Holds that end at the same event are listed in the order in which the stores became visible.
         """
         holds = [Deviation(HOLD, at, label_thread(at), until) for at, until in self._recorded_holds.items()]
-        return self._recorded_runs + holds + self._recorded_tlb
+        return self._recorded_runs + holds
 
     def fingerprint(self) -> int:
         """With ``track``: a fingerprint of the whole state, equal for runs that can only go on alike."""
         state = self.memory.digest
+        alive = 0
         for thread in self.threads:
+            if not thread.done:
+                alive |= 1 << thread.index
             state = mix(state, thread.history)
             for entry in thread.buffer.pending:
                 state = mix(mix(state, entry.label), entry.address)
                 state = mix(mix(state, entry.value), entry.size << 1 | entry.held)
         for index in range(len(self.threads)):
-            state = mix(mix(state, self._below[index]), self._enabled_since[index])
-            state = mix(mix(state, self._disabled_by[index]), self._scheduled_since[index])
+            if alive >> index & 1:
+                state = mix(mix(state, self._below[index] & alive), self._enabled_since[index] & alive)
+                state = mix(mix(state, self._disabled_by[index] & alive), self._scheduled_since[index] & alive)
         for lock in self.locks:
             state = mix(state, lock.fingerprint())
-        return mix(mix(state, self._slice_enabled), self.watcher.fingerprint())
+        return mix(mix(state, self._slice_enabled & alive), self.watcher.fingerprint())
 
     @property
     def current(self) -> Thread:
@@ -650,7 +653,6 @@ class Host:
         for deviation in self._tlb.pop(self.last):
             if deviation.actor >= len(self.threads):
                 continue
-            self._recorded_tlb.append(deviation)
             thread = self.threads[deviation.actor]
             if self.track:
                 thread.history = mix(mix(thread.history, deviation.kind), mix(deviation.address, self.memory.digest))

@@ -18,6 +18,7 @@ class Strategy:
     them drains its oldest store (``enabled`` has their bits; ``current`` is the answer for none of them, and ends the
     question). Then, where more than one thread may run: which one (``enabled`` has no bit from n on).
 
+    Subclasses set ``horizon`` in ``__init__``: the compiled core ignores class attributes of interpreted classes.
     After ``horizon`` events (at most ``sched.PATIENCE``) the host drains all buffers, stops asking and follows the
     default: that is the liveness phase. Before ``next_event`` events it does not ask at plain operations, only where
     threads wait, yield or end. It keeps ``events``, the visible operations so far, and, if ``Host.track`` is set,

@@ -1,0 +1,118 @@
+"""Every vCPU gets on: in the liveness phase a state that comes back is a lasso.
+
+The schedule is fair and nothing else is left to happen, so a machine that returns to a state in which some
+vCPU has retired nothing since will do so for ever. One return is only a candidate: some state is not captured (what a
+waiting thread has on its stack), so the same sequence of states has to be seen several times round.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mmufuzz.kvm.structs import Kvm
+from mmufuzz.oracle.history import History
+from mmufuzz.oracle.sink import Sink
+from mmufuzz.oracle.state import canonical_state
+
+CONFIRMATIONS: Final = 4
+"""Periods that must repeat the first one exactly."""
+
+_TELLING: Final = (
+    "emulate.",
+    "unprotect.",
+    "retry_guard.",
+    "faultin.",
+    "fetch.gpte_changed",
+    "fetch.top_changed",
+    "page_fault.EMULATE",
+    "page_fault.RETRY",
+    "page_fault.WRITE_PROTECTED",
+    "page_fault.stale",
+    "page_fault.write_pf_to_sp",
+    "reclaim",
+    "walk.retry",
+)
+"""Prefixes of marks that tell loops apart; the others follow from these, or vary within one and the same loop."""
+
+
+class Progress:
+    """Looks at the machine whenever a thread yields."""
+
+    def __init__(self, kvm: Kvm, sink: Sink, history: History) -> None:
+        self.kvm = kvm
+        self.sink = sink
+        self.history = history
+        self._base: list[int] = []
+        """Progress of each vCPU where the recorded states begin."""
+        self._states: list[tuple[int, ...]] = []
+        self._last_seen: dict[tuple[int, ...], int] = {}
+        self._trace_at: list[int] = []
+        self._marks_at: list[dict[str, int]] = []
+        self._exits_at: list[dict[str, int]] = []
+        self._period = 0
+        self._since = 0
+        """Index of the first state that equals the one a period earlier."""
+
+    def at_yield(self) -> None:
+        """``BoundaryWatcher.at_yield``."""
+        kvm = self.kvm
+        if not kvm.host.quiet:
+            return
+        for thread in kvm.host.threads:
+            if not (thread.at_boundary or thread.done or thread.waiting is not None):
+                return
+        if not self._somebody_is_stuck():
+            self._start_over()
+            return
+        position = len(self._states)
+        state = canonical_state(kvm, self.history.addresses())
+        self._states.append(state)
+        self._trace_at.append(len(kvm.host.trace))
+        self._marks_at.append(kvm.marks.copy())
+        self._exits_at.append(kvm.exits.copy())
+        if self._period == 0 or self._states[position - self._period] != state:
+            seen = self._last_seen.get(state, -1)
+            self._period = position - seen if seen >= 0 else 0
+            self._since = position
+        elif position - self._since >= CONFIRMATIONS * self._period:
+            self._report(position)
+        self._last_seen[state] = position
+
+    def _somebody_is_stuck(self) -> bool:
+        """True if an unfinished vCPU has made no progress since the recorded states began."""
+        if not self._base:
+            return False
+        for vcpu in self.kvm.vcpus:
+            if not vcpu.finished and vcpu.progress == self._base[vcpu.index]:
+                return True
+        return False
+
+    def _start_over(self) -> None:
+        self._base = [vcpu.progress for vcpu in self.kvm.vcpus]
+        self._states = []
+        self._last_seen = {}
+        self._trace_at = []
+        self._marks_at = []
+        self._exits_at = []
+        self._period = 0
+
+    def _report(self, position: int) -> None:
+        start = position - self._period
+        names: list[str] = []
+        for name in sorted(self.kvm.marks):
+            if name.startswith(_TELLING) and self.kvm.marks[name] != self._marks_at[start].get(name, 0):
+                names.append(name)
+        if not names:
+            for name in sorted(self.kvm.exits):
+                if self.kvm.exits[name] != self._exits_at[start].get(name, 0):
+                    names.append("exit " + name)
+        stuck: list[str] = []
+        for vcpu in self.kvm.vcpus:
+            if not vcpu.finished and vcpu.progress == self._base[vcpu.index]:
+                stuck.append(f"{vcpu.thread.name} at rip {vcpu.regs.rip:#x}")
+        self.sink.period = (self._trace_at[start], self._trace_at[position])
+        self.sink.violated(
+            "livelock",
+            ",".join(names),
+            f"{', '.join(stuck)}: the machine returns to the same state every {self._period} yields without progress",
+        )

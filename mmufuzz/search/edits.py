@@ -1,0 +1,192 @@
+"""Pure edits of Cases that keep what a schedule's labels mean, and the order that says which Case is smaller."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from mmufuzz.case.model import Case, HostThread, Options, Vcpu
+from mmufuzz.host.deviation import HOLD, RUN, Deviation
+from mmufuzz.host.sites import BOOT, label, label_occurrence, label_site, label_step, label_thread
+
+GONE: Final = -1
+
+Key = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
+
+
+def thread_count(case: Case) -> int:
+    """vCPUs come first, then host threads; this is how labels number them."""
+    return len(case.vcpus) + len(case.host)
+
+
+def step_count(case: Case, thread: int) -> int:
+    """Guest instructions of a vCPU, operations of a host thread."""
+    if thread < len(case.vcpus):
+        return len(case.vcpus[thread].program)
+    return len(case.host[thread - len(case.vcpus)].ops)
+
+
+def _position(packed: int) -> tuple[int, ...]:
+    return (label_step(packed), label_occurrence(packed), label_site(packed), label_thread(packed))
+
+
+def _deviation_key(deviation: Deviation) -> tuple[int, ...]:
+    until = (0, 0, 0, 0, 0) if deviation.until == BOOT else (1, *_position(deviation.until))
+    return (*until, *_position(deviation.at), deviation.actor, deviation.kind, deviation.address)
+
+
+def _option_distance(options: Options) -> int:
+    default = Options()
+    distance = len(options.write_track)
+    distance += int(options.fep != default.fep) + int(options.n_max_mmu_pages != default.n_max_mmu_pages)
+    return distance + int(options.event_limit != default.event_limit)
+
+
+def _vcpu_values(vcpu: Vcpu) -> int:
+    total = vcpu.cpl
+    for _, value in vcpu.regs:
+        total += value.bit_count()
+    for step in vcpu.program:
+        total += len(step)
+        for byte in step:
+            total += byte
+    return total
+
+
+def key(case: Case) -> Key:
+    """The one total order of reduction, smaller first; lexicographic.
+
+    Guest instructions and host operations, memory words, threads, holds, preemptions, TLB events; then registers, CPU
+    flags, slots, options away from their defaults, fix changes, values; then where deviations stand.
+    """
+    steps = 0
+    for thread in range(thread_count(case)):
+        steps += step_count(case, thread)
+    holds = 0
+    runs = 0
+    for deviation in case.schedule:
+        holds += deviation.kind == HOLD
+        runs += deviation.kind == RUN
+    registers = 0
+    flags = 0
+    values = 0
+    for vcpu in case.vcpus:
+        registers += len(vcpu.regs)
+        flags += len(vcpu.flags)
+        values += _vcpu_values(vcpu)
+    for word in case.memory:
+        values += word.value.bit_count()
+    pages = 0
+    for slot in case.slots:
+        pages += slot.npages + slot.readonly
+    counts = (
+        steps,
+        len(case.memory),
+        thread_count(case),
+        holds,
+        runs,
+        len(case.schedule) - holds - runs,
+        registers,
+        flags,
+        len(case.slots),
+        _option_distance(case.options),
+        len(case.revert) + len(case.apply),
+        values,
+        pages,
+    )
+    return counts, tuple(_deviation_key(deviation) for deviation in case.schedule)
+
+
+def _relabel(schedule: tuple[Deviation, ...], thread: int, first: int, last: int) -> tuple[Deviation, ...]:
+    """The schedule without steps ``first``..``last`` - 1 of ``thread``, or without the thread if ``first`` is GONE."""
+    kept = []
+    for deviation in schedule:
+        at = _move(deviation.at, thread, first, last)
+        until = _move(deviation.until, thread, first, last)
+        if at == GONE:
+            continue
+        actor = deviation.actor
+        if deviation.kind == HOLD:
+            actor = label_thread(at)
+        elif first == GONE:
+            if actor == thread:
+                continue
+            actor -= actor > thread
+        kept.append(Deviation(deviation.kind, at, actor, BOOT if until == GONE else until, deviation.address))
+    return tuple(kept)
+
+
+def _move(packed: int, thread: int, first: int, last: int) -> int:
+    if packed == BOOT:
+        return BOOT
+    owner = label_thread(packed)
+    step = label_step(packed)
+    if first == GONE:
+        if owner == thread:
+            return GONE
+        owner -= owner > thread
+    elif owner == thread:
+        if first <= step < last:
+            return GONE
+        if step >= last:
+            step -= last - first
+    return label(owner, step, label_site(packed), label_occurrence(packed))
+
+
+def drop_thread(case: Case, thread: int) -> Case:
+    """Without a vCPU or host thread; the schedule's actors and labels are renumbered."""
+    schedule = _relabel(case.schedule, thread, GONE, GONE)
+    if thread < len(case.vcpus):
+        return replace(case, vcpus=case.vcpus[:thread] + case.vcpus[thread + 1 :], schedule=schedule)
+    index = thread - len(case.vcpus)
+    return replace(case, host=case.host[:index] + case.host[index + 1 :], schedule=schedule)
+
+
+def drop_steps(case: Case, thread: int, first: int, last: int) -> Case:
+    """Without steps ``first``..``last`` - 1 of a thread; deviations labelled in them go, later labels move down."""
+    schedule = _relabel(case.schedule, thread, first, last)
+    if thread < len(case.vcpus):
+        program = case.vcpus[thread].program
+        vcpu = replace(case.vcpus[thread], program=program[:first] + program[last:])
+        return replace(with_vcpu(case, thread, vcpu), schedule=schedule)
+    index = thread - len(case.vcpus)
+    ops = case.host[index].ops
+    host = (*case.host[:index], HostThread(ops[:first] + ops[last:]), *case.host[index + 1 :])
+    return replace(case, host=host, schedule=schedule)
+
+
+def vcpu_first(case: Case, first: int) -> Case:
+    """With vCPU ``first`` in front of the others; labels and actors follow, and no preemption says which starts."""
+    vcpus = (case.vcpus[first], *case.vcpus[:first], *case.vcpus[first + 1 :])
+    schedule = []
+    for deviation in case.schedule:
+        if deviation.kind == RUN and deviation.at == BOOT:
+            continue
+        at = _to_front(deviation.at, first)
+        until = _to_front(deviation.until, first)
+        actor = _front_index(deviation.actor, first)
+        schedule.append(Deviation(deviation.kind, at, actor, until, deviation.address))
+    return replace(case, vcpus=vcpus, schedule=tuple(schedule))
+
+
+def _front_index(thread: int, first: int) -> int:
+    if thread == first:
+        return 0
+    return thread + 1 if thread < first else thread
+
+
+def _to_front(packed: int, first: int) -> int:
+    if packed == BOOT:
+        return BOOT
+    owner = _front_index(label_thread(packed), first)
+    return label(owner, label_step(packed), label_site(packed), label_occurrence(packed))
+
+
+def with_vcpu(case: Case, index: int, vcpu: Vcpu) -> Case:
+    """With vCPU ``index`` replaced."""
+    return replace(case, vcpus=(*case.vcpus[:index], vcpu, *case.vcpus[index + 1 :]))
+
+
+def with_deviation(case: Case, index: int, deviation: Deviation) -> Case:
+    """With entry ``index`` of the schedule replaced."""
+    return replace(case, schedule=(*case.schedule[:index], deviation, *case.schedule[index + 1 :]))

@@ -1,0 +1,223 @@
+"""Exhaustive search over schedules: stateless, with pruning of states that were met before.
+
+Every question the host asks (which thread, which buffer drains, is this store held) is a branching point whose option
+0 is the default schedule's answer. A schedule is the sparse list of points where another option is taken, so
+each schedule runs once. Schedules are run in order of cost: preemptions (a RUN where the current thread could go on)
+plus holds, the iterative context bounding of Musuvathi and Qadeer (PLDI 2007) extended to store buffers; so the first
+finding has the least cost, and, first come first served within a cost, few deviations that cost nothing.
+
+Pruning is that of a stateful search: a run that reaches a choice in a state met before is cut. It is exact if equal
+``Host.fingerprint()`` means equal futures, up to collisions of 64-bit fingerprints. As costs only grow from
+run to run, the first visit to a state has the most budget left, so later ones add nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from mypy_extensions import mypyc_attr
+
+from mmufuzz.case.model import Case
+from mmufuzz.host.deviation import Deviation
+from mmufuzz.host.memory import mix
+from mmufuzz.host.sched import SLICE
+from mmufuzz.host.sites import BOOT, THREAD_END, THREAD_WAIT, THREAD_YIELD, label_site
+from mmufuzz.host.strategy import STOP, Strategy
+from mmufuzz.outcome import FINDING, HARNESS_ERROR, OK, Outcome
+from mmufuzz.run import run
+
+COMPLETE: Final = "complete"
+INCOMPLETE: Final = "incomplete"
+
+HORIZON: Final = SLICE
+"""Events within which all choices of a run must lie; a run that goes past them makes the search incomplete."""
+
+
+class Branch:
+    """A schedule: option ``option`` at choice ``position``, what ``parent`` says before it, option 0 elsewhere."""
+
+    def __init__(self, parent: Branch | None, position: int, option: int, cost: int) -> None:
+        self.parent = parent
+        self.position = position
+        self.option = option
+        self.cost = cost
+
+
+@mypyc_attr(native_class=False)
+class NondeterminismError(RuntimeError):
+    """A replayed prefix of choices was not offered again: the run depends on something outside its Case."""
+
+
+class ExploreStrategy(Strategy):
+    """Follows one ``Branch`` and then the default, and collects the branches that leave its path after that.
+
+    ``met`` holds the states met by all runs so far; None searches without pruning.
+    """
+
+    def __init__(self, branch: Branch | None, bound: int, met: dict[int, int] | None) -> None:
+        self.horizon = HORIZON
+        self.branch = branch
+        self.cost = branch.cost if branch is not None else 0
+        self.bound = bound
+        self.met = met
+        self.forced: dict[int, int] = {}
+        self.last_forced = -1
+        item = branch
+        while item is not None:
+            self.forced[item.position] = item.option
+            self.last_forced = max(self.last_forced, item.position)
+            item = item.parent
+        self.position = 0
+        self.pruned = False
+        self.found: list[Branch] = []
+        self.count = 0
+
+    def begin(self, threads: int) -> None:
+        """See ``Strategy``."""
+        self.count = threads
+
+    def pick(self, current: int, enabled: int, label: int) -> int:
+        """See ``Strategy``."""
+        position = self.position
+        self.position = position + 1
+        drains = enabled >> self.count != 0
+        others = enabled & ~(1 << current)
+        if position <= self.last_forced:
+            return self._forced_actor(position, current, others)
+        if not drains and label != BOOT and label_site(label) not in (THREAD_WAIT, THREAD_YIELD, THREAD_END):
+            price = 1
+        else:
+            price = 0
+        if self.met is not None:
+            # Who is current matters only where going on is cheaper than switching.
+            key = mix(self.state, enabled) if self.bound < 0 else mix(mix(self.state, enabled), current << 1 | price)
+            if key in self.met:
+                self.pruned = True
+                return STOP
+            self.met[key] = 1
+        option = 1
+        while others:
+            self._offer(position, option, price)
+            others &= others - 1
+            option += 1
+        return current
+
+    def hold(self, label: int) -> bool:
+        """See ``Strategy``."""
+        position = self.position
+        self.position = position + 1
+        if position <= self.last_forced:
+            return position in self.forced
+        self._offer(position, 1, 1)
+        return False
+
+    def _offer(self, position: int, option: int, price: int) -> None:
+        if self.bound < 0 or self.cost + price <= self.bound:
+            self.found.append(Branch(self.branch, position, option, self.cost + price))
+
+    def _forced_actor(self, position: int, current: int, others: int) -> int:
+        if position not in self.forced:
+            return current
+        option = self.forced[position]
+        while option > 1 and others:
+            others &= others - 1
+            option -= 1
+        if not others:
+            raise NondeterminismError(f"choice {position} of the run offered fewer options than before")
+        return (others & -others).bit_length() - 1
+
+
+class Reached:
+    """A guest-visible result: how many schedules gave it, and the first of them."""
+
+    def __init__(self, schedule: tuple[Deviation, ...]) -> None:
+        self.count = 0
+        self.schedule = schedule
+
+
+class ExploreResult:
+    """``verdict``: COMPLETE (every schedule within the bound), INCOMPLETE (a limit was hit) or FINDING.
+
+    ``schedules`` counts runs, ``pruned`` those of them that were cut. ``outcomes`` maps ``Outcome.guest`` to
+    what reached it. ``cost`` is that of ``finding`` and the least there is; without a finding, the greatest cost up to
+    which every schedule was run, -1 for none.
+    """
+
+    def __init__(self) -> None:
+        self.verdict = INCOMPLETE
+        self.schedules = 0
+        self.pruned = 0
+        self.states = 0
+        self.outcomes: dict[str, Reached] = {}
+        self.finding: Outcome | None = None
+        self.cost = -1
+
+
+def explore(
+    run_with: Callable[[Strategy], Outcome],
+    bound: int | None,
+    should_stop: Callable[[], bool],
+    prune: bool = True,
+) -> ExploreResult:
+    """Run every schedule of cost at most ``bound``, or every schedule at all with None, until one has a finding.
+
+    ``run_with`` runs the program under a strategy; with ``prune`` it must set ``Host.track`` and ``Memory.track``.
+    ``should_stop`` is asked after each run.
+    """
+    result = ExploreResult()
+    met: dict[int, int] | None = {} if prune else None
+    limit = -1 if bound is None else bound
+    buckets: list[deque[Branch | None]] = [deque([None])]
+    complete = True
+    cost = 0
+    while cost < len(buckets):
+        while buckets[cost]:
+            strategy = ExploreStrategy(buckets[cost].popleft(), limit, met)
+            outcome = run_with(strategy)
+            if strategy.position <= strategy.last_forced:
+                raise NondeterminismError("the run did not come to the choice it was to take")
+            result.schedules += 1
+            for branch in strategy.found:
+                while len(buckets) <= branch.cost:
+                    buckets.append(deque())
+                buckets[branch.cost].append(branch)
+            result.states = len(met) if met is not None else 0
+            if outcome.verdict in (FINDING, HARNESS_ERROR):
+                result.verdict = FINDING
+                result.finding = outcome
+                result.cost = cost
+                return result
+            if strategy.pruned:
+                result.pruned += 1
+            elif outcome.verdict != OK or outcome.events >= HORIZON:
+                complete = False
+            else:
+                reached = result.outcomes.setdefault(outcome.guest, Reached(outcome.schedule))
+                reached.count += 1
+            if should_stop():
+                return _finished(result, buckets, complete)
+        if complete:
+            result.cost = cost
+        cost += 1
+    return _finished(result, buckets, complete)
+
+
+def _finished(result: ExploreResult, buckets: list[deque[Branch | None]], complete: bool) -> ExploreResult:
+    for bucket in buckets:
+        if bucket:
+            complete = False
+    if complete:
+        result.verdict = COMPLETE
+        result.cost = len(buckets) - 1
+    return result
+
+
+def explore_case(case: Case, bound: int | None, should_stop: Callable[[], bool]) -> ExploreResult:
+    """``explore`` every schedule of ``case``; its own schedule is not followed, except for TLB deviations."""
+
+    def run_with(strategy: Strategy) -> Outcome:
+        return run(case, strategy, track=True)
+
+    return explore(run_with, bound, should_stop)
