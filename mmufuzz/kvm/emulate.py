@@ -10,18 +10,19 @@ from typing import Final
 
 from mypy_extensions import mypyc_attr
 
-from mmufuzz.host.memory import PAGE_SHIFT, PAGE_SIZE
+from mmufuzz.host.memory import ALL_ONES, PAGE_SHIFT, PAGE_SIZE
 from mmufuzz.host.sites import EMUL_ATOMIC, EMUL_FETCH, EMUL_LOAD, EMUL_STORE
 from mmufuzz.kvm.memslots import gfn_to_memslot, gpa_to_hpa
-from mmufuzz.kvm.root import kvm_mmu_invlpg, kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
+from mmufuzz.kvm.role import ACC_USER_MASK, ACC_WRITE_MASK
+from mmufuzz.kvm.root import kvm_mmu_invalidate_addr, kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
 from mmufuzz.kvm.structs import INVALID_GPA, Vcpu
 from mmufuzz.kvm.track import kvm_mmu_track_write
-from mmufuzz.kvm.walker import gva_to_gpa
+from mmufuzz.kvm.walker import gva_to_gpa, vcpu_match_mmio_gva
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.decode import Truncated, decode
 from mmufuzz.x86.insn import Insn
-from mmufuzz.x86.paging import ACCESS_FETCH, ACCESS_USER, ACCESS_WRITE
-from mmufuzz.x86.state import PFERR_WRITE, VECTOR_GP, VECTOR_PF, Fault, Regs
+from mmufuzz.x86.paging import ACCESS_FETCH, ACCESS_USER, ACCESS_WRITE, permitted
+from mmufuzz.x86.state import CR4_SMEP, PFERR_WRITE, VECTOR_GP, VECTOR_PF, Fault, Regs
 
 CACHE_LINE: Final = 64
 MAX_FETCH: Final = 15
@@ -40,18 +41,13 @@ class EmulationFailed(Exception):
     """EMULATION_FAILED: the emulator does not know the instruction."""
 
 
-@mypyc_attr(native_class=False)
-class CmpxchgFailed(Exception):
-    """X86EMUL_CMPXCHG_FAILED: somebody else changed the operand; the guest executes the instruction again."""
-
-
 def can_decode(insn: Insn) -> bool:
     """True if emulate.c's opcode tables have an entry."""
     return insn.mnemonic not in _NO_ENTRY
 
 
 def can_execute(insn: Insn) -> bool:
-    """True unless the entry fails when it is executed."""
+    """True unless the entry fails when it is executed: after its operand has been read."""
     return insn.mnemonic not in _EXECUTION_FAILS
 
 
@@ -83,14 +79,10 @@ def x86_decode_insn(vcpu: Vcpu) -> Insn:
     in_page = PAGE_SIZE - (regs.rip & PAGE_SIZE - 1)
     code = bus.fetch(regs, regs.rip, min(MAX_FETCH, in_page))
     try:
-        insn = decode(code, regs.long_mode)
+        insn = _decode_or_fail(code, regs)
     except Truncated:
         code += bus.fetch(regs, regs.rip + in_page, MAX_FETCH - in_page)
         insn = _decode_or_fail(code, regs)
-    except Fault as fault:
-        if fault.vector == VECTOR_GP:
-            raise
-        raise EmulationFailed from fault
     if not can_decode(insn):
         raise EmulationFailed
     return insn
@@ -106,21 +98,29 @@ def _decode_or_fail(code: bytes, regs: Regs) -> Insn:
 
 
 class EmulatorBus(Bus):
-    """The emulator's view of memory and control registers (x86.c:emulate_ops)."""
+    """The emulator's view of memory and control registers (x86.c:emulate_ops).
 
-    def __init__(self, vcpu: Vcpu) -> None:
+    Without ``complete`` the instruction fails once it has read its operand.
+    """
+
+    def __init__(self, vcpu: Vcpu, complete: bool = True) -> None:
         self.vcpu = vcpu
+        self.complete = complete
         self.expected = -1
         """What the last locked load read: the comparand of the cmpxchg that will write back."""
+        self.cmpxchg_failed = False
+        """X86EMUL_CMPXCHG_FAILED: somebody else changed the operand."""
 
     def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
         """x86.c:emulator_read_emulated. A #PF of a read-modify-write carries W (emulate.c:x86_emulate_insn)."""
         value = 0
         done = 0
-        for at, count in pages(gva, size):
-            gpa = self._translate(at, 0, PFERR_WRITE if rmw else 0)
-            value |= self._read_page(at, gpa, count) << (done << 3)
+        for at, count in pages(gva, size, regs.long_mode):
+            gpa = self._mmio_gva_to_gpa(at, 0, PFERR_WRITE if rmw else 0)
+            value |= self._read_page(gpa, count) << (done << 3)
             done += count
+        if not self.complete:
+            raise EmulationFailed
         if locked:
             self.expected = value
         return value
@@ -130,15 +130,24 @@ class EmulatorBus(Bus):
         if locked and self._cmpxchg(gva, size, value):
             return
         done = 0
-        for at, count in pages(gva, size):
+        for at, count in pages(gva, size, regs.long_mode):
             part = value >> (done << 3) & (1 << (count << 3)) - 1
-            gpa = self._translate(at, ACCESS_WRITE, 0)
-            self._write_page(at, gpa, count, part)
+            gpa = self._mmio_gva_to_gpa(at, ACCESS_WRITE, 0)
+            self._write_page(gpa, count, part)
             done += count
 
     def fetch(self, regs: Regs, gva: int, size: int) -> bytes:
         """x86.c:kvm_fetch_guest_virt."""
-        gpa = self._translate(gva, ACCESS_FETCH, 0)
+        return self._read_code(self._translate(gva, ACCESS_FETCH, 0), size)
+
+    def read_std(self, regs: Regs, gva: int, size: int) -> bytes:
+        """x86.c:kvm_read_guest_virt: bytes as data, page by page."""
+        code = b""
+        for at, count in pages(gva, size, regs.long_mode):
+            code += self._read_code(self._translate(at, 0, 0), count)
+        return code
+
+    def _read_code(self, gpa: int, size: int) -> bytes:
         if gfn_to_memslot(self.vcpu.kvm, gpa >> PAGE_SHIFT) is None:
             raise EmulationFailed
         thread = self.vcpu.kvm.host.current
@@ -155,7 +164,7 @@ class EmulatorBus(Bus):
 
     def invlpg(self, regs: Regs, gva: int) -> None:
         """emulate.c:em_invlpg."""
-        kvm_mmu_invlpg(self.vcpu, gva)
+        kvm_mmu_invalidate_addr(self.vcpu, gva)
         self.vcpu.kvm.observer.guest_invalidated(self.vcpu.index, gva)
 
     def halt(self, regs: Regs) -> None:
@@ -163,8 +172,19 @@ class EmulatorBus(Bus):
         self.vcpu.userspace_exits.append("hlt")
         self.vcpu.progress += 1
 
+    def _mmio_gva_to_gpa(self, gva: int, access: int, extra_error: int) -> int:
+        """x86.c:vcpu_mmio_gva_to_gpa: the page of the last MMIO access needs no walk; raises the guest's #PF."""
+        vcpu = self.vcpu
+        if vcpu_match_mmio_gva(vcpu, gva):
+            cached = vcpu.mmio_access
+            user = ACCESS_USER if vcpu.regs.cpl == 3 else 0
+            writable = cached & ACC_WRITE_MASK != 0
+            if permitted(vcpu.paging, writable, cached & ACC_USER_MASK != 0, False, access | user):
+                return vcpu.mmio_gfn << PAGE_SHIFT | gva & PAGE_SIZE - 1
+        return self._translate(gva, access, extra_error)
+
     def _translate(self, gva: int, access: int, extra_error: int) -> int:
-        """x86.c:vcpu_mmio_gva_to_gpa; raises the guest's #PF."""
+        """mmu->gva_to_gpa of walk_mmu; raises the guest's #PF."""
         vcpu = self.vcpu
         if vcpu.regs.cpl == 3:
             access |= ACCESS_USER
@@ -175,7 +195,7 @@ class EmulatorBus(Bus):
             vcpu.kvm.observer.guest_access(vcpu.index, gva, gpa_to_hpa(gpa), access, True)
         return gpa
 
-    def _read_page(self, gva: int, gpa: int, size: int) -> int:
+    def _read_page(self, gpa: int, size: int) -> int:
         """x86.c:emulator_read_write_onepage, reading: no slot means MMIO, which reads as zero here."""
         if gfn_to_memslot(self.vcpu.kvm, gpa >> PAGE_SHIFT) is None:
             self._mmio_exit("read", gpa)
@@ -188,7 +208,7 @@ class EmulatorBus(Bus):
             done += count
         return value
 
-    def _write_page(self, gva: int, gpa: int, size: int, value: int) -> None:
+    def _write_page(self, gpa: int, size: int, value: int) -> None:
         """x86.c:emulator_write_phys: store, then tell the shadow MMU. No slot, or a read-only one: an MMIO exit."""
         kvm = self.vcpu.kvm
         slot = gfn_to_memslot(kvm, gpa >> PAGE_SHIFT)
@@ -203,22 +223,42 @@ class EmulatorBus(Bus):
         kvm_mmu_track_write(self.vcpu, gpa, size)
 
     def _cmpxchg(self, gva: int, size: int, value: int) -> bool:
-        """x86.c:emulator_cmpxchg_emulated; False where KVM falls back to a plain write."""
+        """x86.c:emulator_cmpxchg_emulated; False where KVM falls back to a plain write.
+
+        One reason is a cache line crossed: the host has split-lock detection, so the access would raise #AC there.
+        """
         kvm = self.vcpu.kvm
-        if size > 8 or size & (size - 1) or (gva & CACHE_LINE - 1) + size > CACHE_LINE:
+        if size > 8 or size & (size - 1):
             return False
         gpa, _ = gva_to_gpa(self.vcpu, gva, ACCESS_WRITE | (ACCESS_USER if self.vcpu.regs.cpl == 3 else 0))
-        if gpa == INVALID_GPA:
+        if gpa == INVALID_GPA or (gpa & CACHE_LINE - 1) + size > CACHE_LINE:
             return False
         slot = gfn_to_memslot(kvm, gpa >> PAGE_SHIFT)
-        if slot is None or slot.readonly or (gpa & 7) + size > 8:
+        if slot is None or slot.readonly:
             return False
         kvm.mark("emulate.cmpxchg")
-        found = kvm.host.current.cmpxchg(EMUL_ATOMIC, gpa_to_hpa(gpa), self.expected, value, size)
-        if found != self.expected:
+        if self._locked_cmpxchg(gpa_to_hpa(gpa), size, value):
+            kvm_mmu_track_write(self.vcpu, gpa, size)
+        else:
             kvm.mark("emulate.cmpxchg_failed")
-            raise CmpxchgFailed
-        kvm_mmu_track_write(self.vcpu, gpa, size)
+            self.cmpxchg_failed = True
+        return True
+
+    def _locked_cmpxchg(self, hpa: int, size: int, value: int) -> bool:
+        """LOCK CMPXCHG by the host, on one or two words; one visible operation."""
+        thread = self.vcpu.kvm.host.current
+        pieces = words(hpa, size)
+        found = thread.atomic_load(EMUL_ATOMIC, pieces[0][0], pieces[0][1])
+        done = pieces[0][1]
+        for at, count in pieces[1:]:
+            found |= thread.peek(at, count) << (done << 3)
+            done += count
+        if found != self.expected:
+            return False
+        done = 0
+        for at, count in pieces:
+            thread.store_now(at, value >> (done << 3) & (1 << (count << 3)) - 1, count)
+            done += count
         return True
 
     def _mmio_exit(self, what: str, gpa: int) -> None:
@@ -228,27 +268,27 @@ class EmulatorBus(Bus):
 
 
 def set_cr(vcpu: Vcpu, number: int, value: int) -> bool:
-    """MOV to CR ``number``, by exit or emulated; False asks for #GP(0)."""
+    """MOV to CR ``number`` (0, 3 or 4), by exit or emulated; False asks for #GP(0)."""
+    if number == 0:
+        return kvm_set_cr0(vcpu, value)
     if number == 3:
         done = kvm_set_cr3(vcpu, value)
-    elif number == 0:
-        done = kvm_set_cr0(vcpu, value)
-    elif number == 4:
-        done = kvm_set_cr4(vcpu, value)
+        flushes = True
     else:
-        vcpu.regs.cr2 = value
-        return True
-    if done:
+        # Of the changes KVM lets pass, setting SMEP invalidates (SDM vol. 3, 4.10.4.1).
+        flushes = value & ~vcpu.regs.cr4 & CR4_SMEP != 0
+        done = kvm_set_cr4(vcpu, value)
+    if done and flushes:
         vcpu.kvm.observer.guest_invalidated(vcpu.index, -1)
     return done
 
 
-def pages(gva: int, size: int) -> list[tuple[int, int]]:
-    """The pieces of an access by page: (address, bytes)."""
+def pages(gva: int, size: int, long_mode: bool) -> list[tuple[int, int]]:
+    """The pieces of an access by page: (address, bytes). Addresses wrap at 2^64, outside 64-bit mode at 2^32."""
     first = PAGE_SIZE - (gva & PAGE_SIZE - 1)
     if size <= first:
         return [(gva, size)]
-    return [(gva, first), (gva + first, size - first)]
+    return [(gva, first), (gva + first & (ALL_ONES if long_mode else 0xFFFF_FFFF), size - first)]
 
 
 def words(address: int, size: int) -> list[tuple[int, int]]:

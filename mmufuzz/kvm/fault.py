@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.host.memory import PAGE_SHIFT
+from mmufuzz.host.memory import PAGE_SHIFT, PAGE_SIZE
 from mmufuzz.host.sites import MODE_ATOMIC, MODE_STORE
 from mmufuzz.kvm.fetch import (
     RET_PF_CONTINUE,
@@ -17,15 +17,15 @@ from mmufuzz.kvm.fetch import (
     PageFault,
     direct_map,
     fetch,
-    spte_access_allowed,
 )
 from mmufuzz.kvm.memslots import gfn_to_memslot, gfn_to_pfn
 from mmufuzz.kvm.page import clear_sp_write_flooding_count, read_spte_lockless
 from mmufuzz.kvm.requests import REQ_MMU_FREE_OBSOLETE_ROOTS, kvm_ack_ipi, kvm_test_request
 from mmufuzz.kvm.role import ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, role_level
-from mmufuzz.kvm.spte import is_last_spte, is_mmio_spte, is_shadow_present, mmio_spte_gfn, spte_pfn
+from mmufuzz.kvm.root import kvm_mmu_invalidate_addr
+from mmufuzz.kvm.spte import SPTE_MMIO_ACCESS, SPTE_W, is_mmio_spte, is_shadow_present, mmio_spte_gfn, spte_pfn
 from mmufuzz.kvm.structs import INVALID_PFN, OUTSIDE_GUEST_MODE, READING_SHADOW_PAGE_TABLES, Vcpu
-from mmufuzz.kvm.walker import GuestWalker, walk_addr
+from mmufuzz.kvm.walker import GuestWalker, vcpu_match_mmio_gva, walk_addr
 from mmufuzz.kvm.write_track import is_obsolete_sp, kvm_gfn_is_write_tracked
 from mmufuzz.kvm.zap import make_mmu_pages_available
 from mmufuzz.x86.paging import table_index
@@ -62,7 +62,7 @@ def kvm_mmu_page_fault(vcpu: Vcpu, gva: int, error_code: int) -> PageFaultResult
         if result == RET_PF_EMULATE:
             return PageFaultResult(EMULATE, emultype)
     if result == RET_PF_INVALID:
-        fault = PageFault(gva, error_code & ~PFERR_RSVD)
+        fault = PageFault(gva, error_code)
         result = direct_page_fault(vcpu, fault) if vcpu.mmu.direct else page_fault(vcpu, fault)
         if fault.write_fault_to_shadow_pgtable:
             kvm.mark("page_fault.write_pf_to_sp")
@@ -95,26 +95,28 @@ def kvm_mmu_write_protect_fault(vcpu: Vcpu, gva: int, emultype: int) -> PageFaul
         return PageFaultResult(EMULATE, emultype)
     vcpu.last_retry_eip = 0
     vcpu.last_retry_addr = 0
-    kvm.warn_on(mmio_info_in_cache(vcpu, gva), "kvm_mmu_write_protect_fault", "write-protected gfn in the MMIO cache")
+    cached = mmio_info_in_cache(vcpu, gva)
+    if kvm.warn_on(cached, "kvm_mmu_write_protect_fault", "write-protected gfn in the MMIO cache"):
+        return PageFaultResult(EMULATE, emultype)
     if not vcpu.guest_mode:
         emultype |= EMULTYPE_ALLOW_RETRY_PF
     return PageFaultResult(EMULATE, emultype)
 
 
 def page_fault(vcpu: Vcpu, fault: PageFault) -> int:
-    """FNAME(page_fault): the indirect MMU."""
+    """paging_tmpl.h:FNAME(page_fault): the indirect MMU."""
     kvm = vcpu.kvm
-    walker = walk_addr(vcpu, fault.addr, fault.error_code & ~PFERR_PRESENT)
+    walker = walk_addr(vcpu, fault.addr, fault.error_code & ~(PFERR_PRESENT | PFERR_RSVD))
     if walker.failed:
         inject_page_fault(vcpu, fault.addr, walker.error_code)
         return RET_PF_RETRY
     fault.gfn = walker.gfn
     fault.slot = gfn_to_memslot(kvm, fault.gfn)
-    if not kvm.fixes.self_change_in_fetch and kvm.fixes.write_pf_to_sp:
-        fault.write_fault_to_shadow_pgtable = is_self_change_mapping(vcpu, walker, fault)
     if page_fault_handle_page_track(vcpu, fault):
         shadow_page_table_clear_flood(vcpu, fault.addr)
         return RET_PF_WRITE_PROTECTED
+    if not kvm.fixes.self_change_in_fetch and kvm.fixes.write_pf_to_sp:
+        fault.write_fault_to_shadow_pgtable = is_self_change_mapping(vcpu, walker, fault)
     result = kvm_faultin_pfn(vcpu, fault, walker.pte_access)
     if result != RET_PF_CONTINUE:
         return result
@@ -132,7 +134,7 @@ def page_fault(vcpu: Vcpu, fault: PageFault) -> int:
 
 
 def _adjust_for_cr0_wp(vcpu: Vcpu, fault: PageFault, walker: GuestWalker) -> None:
-    """The part of FNAME(page_fault) that lets a supervisor write a read-only page while CR0.WP is 0.
+    """The part of paging_tmpl.h:FNAME(page_fault) that lets a supervisor write a read-only page while CR0.WP is 0.
 
     The SPTE becomes a supervisor one; under SMEP it must not become executable by that.
     """
@@ -181,9 +183,9 @@ def fast_page_fault(vcpu: Vcpu, fault: PageFault) -> int:
     if fault.rsvd or not (fault.present and fault.write):
         return RET_PF_INVALID
     walk_shadow_page_lockless_begin(vcpu)
-    address, spte = _lockless_leaf(vcpu, fault.addr)
+    spte = get_walk(vcpu, fault.addr)
     walk_shadow_page_lockless_end(vcpu)
-    if address >= 0 and is_shadow_present(spte) and spte_access_allowed(fault, spte):
+    if is_shadow_present(spte) and spte & SPTE_W:
         return RET_PF_SPURIOUS
     return RET_PF_INVALID
 
@@ -205,12 +207,9 @@ def shadow_page_table_clear_flood(vcpu: Vcpu, gva: int) -> None:
     table_pfn = vcpu.mmu.root_pfn
     level = role_level(vcpu.mmu.root_role)
     while level >= 1:
-        sp = kvm.by_pfn.get(table_pfn)
-        if sp is None:
-            break
-        clear_sp_write_flooding_count(kvm, sp)
         spte = read_spte_lockless(kvm, table_pfn << PAGE_SHIFT | table_index(gva, level) << 3)
-        if not is_shadow_present(spte) or is_last_spte(spte, level):
+        clear_sp_write_flooding_count(kvm, kvm.by_pfn[table_pfn])
+        if not is_shadow_present(spte):
             break
         table_pfn = spte_pfn(spte)
         level -= 1
@@ -230,8 +229,7 @@ def kvm_faultin_pfn(vcpu: Vcpu, fault: PageFault, access: int) -> int:
     slot = fault.slot
     if slot is None:
         # kvm_handle_noslot_fault: remember the access for the MMIO exit that follows.
-        vcpu.mmio_gva = fault.addr & ~0xFFF
-        vcpu.mmio_gfn = fault.gfn
+        vcpu_cache_mmio_info(vcpu, fault.addr, fault.gfn, access)
         fault.pfn = INVALID_PFN
         fault.map_writable = False
         vcpu.kvm.mark("faultin.noslot")
@@ -249,25 +247,31 @@ def handle_mmio_page_fault(vcpu: Vcpu, gva: int) -> int:
     if mmio_info_in_cache(vcpu, gva):
         return RET_PF_EMULATE
     walk_shadow_page_lockless_begin(vcpu)
-    address, spte = _lockless_leaf(vcpu, gva)
+    spte = get_walk(vcpu, gva)
     walk_shadow_page_lockless_end(vcpu)
-    if address >= 0 and is_mmio_spte(spte):
-        vcpu.mmio_gva = gva & ~0xFFF
-        vcpu.mmio_gfn = mmio_spte_gfn(spte)
+    if is_mmio_spte(spte):
+        vcpu_cache_mmio_info(vcpu, 0 if vcpu.mmu.direct else gva, mmio_spte_gfn(spte), spte & SPTE_MMIO_ACCESS)
         return RET_PF_EMULATE
     # Another CPU replaced the SPTE meanwhile: let the hardware walk again.
     return RET_PF_RETRY
 
 
 def mmio_info_in_cache(vcpu: Vcpu, gva: int) -> bool:
-    """mmu.c:mmio_info_in_cache: by gpa for a direct MMU, else by gva."""
+    """mmu.c:mmio_info_in_cache: by gpa for a direct MMU, by gva for an indirect one, never for a nested guest."""
     if vcpu.mmu.direct:
-        return vcpu.mmio_gfn == gva >> PAGE_SHIFT
-    return vcpu.mmio_gva == gva & ~0xFFF
+        return vcpu.mmio_gfn != 0 and vcpu.mmio_gfn == gva >> PAGE_SHIFT
+    return vcpu_match_mmio_gva(vcpu, gva)
+
+
+def vcpu_cache_mmio_info(vcpu: Vcpu, gva: int, gfn: int, access: int) -> None:
+    """x86.h:vcpu_cache_mmio_info. What a nested guest faults on is no gva, so none is kept."""
+    vcpu.mmio_gva = 0 if vcpu.guest_mode else gva & -PAGE_SIZE
+    vcpu.mmio_gfn = gfn
+    vcpu.mmio_access = access & (ACC_WRITE_MASK | ACC_USER_MASK)
 
 
 def is_self_change_mapping(vcpu: Vcpu, walker: GuestWalker, fault: PageFault) -> bool:
-    """FNAME(is_self_change_mapping) (6.1): the faulting gfn is one of the tables walked, the root included."""
+    """paging_tmpl.h:FNAME(is_self_change_mapping) (6.1): is the faulting gfn a table walked, the root included?"""
     config = vcpu.paging
     if not walker.pte_access & ACC_WRITE_MASK and (config.cr0_wp or fault.user):
         return False
@@ -278,12 +282,9 @@ def is_self_change_mapping(vcpu: Vcpu, walker: GuestWalker, fault: PageFault) ->
 
 
 def inject_page_fault(vcpu: Vcpu, gva: int, error_code: int) -> None:
-    """x86.c:kvm_inject_emulated_page_fault: a #PF whose tables say P=1 first forgets what is cached for ``gva``.
-
-    With all gSPs in sync there is no SPTE to refresh; the TLB entry goes.
-    """
+    """x86.c:kvm_inject_emulated_page_fault: a #PF whose tables say P=1 first forgets what is cached for ``gva``."""
     if error_code & PFERR_PRESENT and not error_code & PFERR_RSVD:
-        vcpu.tlb.invalidate(gva >> PAGE_SHIFT)
+        kvm_mmu_invalidate_addr(vcpu, gva)
     vcpu.pending_fault = (gva, error_code)
 
 
@@ -306,17 +307,18 @@ def kvm_ack_ipi_if_sent(vcpu: Vcpu) -> None:
         kvm_ack_ipi(vcpu)
 
 
-def _lockless_leaf(vcpu: Vcpu, gva: int) -> tuple[int, int]:
-    """mmu.c:get_walk: address and value of the SPTE the walk of ``gva`` ends at; address -1 without a root."""
+def get_walk(vcpu: Vcpu, gva: int) -> int:
+    """mmu.c:get_walk, shadow_walk_init: the SPTE at which the walk of ``gva`` ends; present only at level 1."""
     kvm = vcpu.kvm
-    if vcpu.mmu.root_dummy:
-        return -1, 0
     table_pfn = vcpu.mmu.root_pfn
     level = role_level(vcpu.mmu.root_role)
+    if vcpu.mmu.direct:
+        # KVM keeps the PDPTEs outside the tables, as they are no SPTEs.
+        table_pfn = vcpu.mmu.pae_roots[gva >> 30].pfn
+        level -= 1
     while True:
-        address = table_pfn << PAGE_SHIFT | table_index(gva, level) << 3
-        spte = read_spte_lockless(kvm, address)
+        spte = read_spte_lockless(kvm, table_pfn << PAGE_SHIFT | table_index(gva, level) << 3)
         if level == 1 or not is_shadow_present(spte):
-            return address, spte
+            return spte
         table_pfn = spte_pfn(spte)
         level -= 1

@@ -12,7 +12,6 @@ from mmufuzz.kvm.requests import REQ_MMU_FREE_OBSOLETE_ROOTS, kvm_flush_remote_t
 from mmufuzz.kvm.rmap import (
     drop_parent_pte,
     drop_spte,
-    mmu_spte_clear_no_track,
     mmu_spte_set,
     mmu_spte_update,
     read_spte,
@@ -21,21 +20,19 @@ from mmufuzz.kvm.rmap import (
 )
 from mmufuzz.kvm.role import ACC_ALL, ACC_WRITE_MASK, role_access, role_level
 from mmufuzz.kvm.spte import (
-    SPTE_P,
     SPTE_U,
     SPTE_W,
     is_last_spte,
-    is_mmio_spte,
     is_shadow_present,
     make_leaf_spte,
     make_mmio_spte,
     spte_pfn,
 )
-from mmufuzz.kvm.structs import INVALID_PFN, Kvm, MemSlot, ShadowPage, Vcpu
+from mmufuzz.kvm.structs import INVALID_PFN, Kvm, MemSlot, Vcpu
 from mmufuzz.kvm.sync import mmu_try_to_unsync_pages
 from mmufuzz.kvm.walker import GuestWalker
 from mmufuzz.x86.paging import table_index
-from mmufuzz.x86.state import PFERR_FETCH, PFERR_PRESENT, PFERR_RSVD, PFERR_USER, PFERR_WRITE
+from mmufuzz.x86.state import PFERR_PRESENT, PFERR_RSVD, PFERR_USER, PFERR_WRITE
 
 # RET_PF_* (mmu_internal.h).
 RET_PF_CONTINUE: Final = 0
@@ -57,7 +54,6 @@ class PageFault:
         self.error_code = error_code
         self.write = error_code & PFERR_WRITE != 0
         self.user = error_code & PFERR_USER != 0
-        self.exec = error_code & PFERR_FETCH != 0
         self.present = error_code & PFERR_PRESENT != 0
         self.rsvd = error_code & PFERR_RSVD != 0
         self.gfn = 0
@@ -68,15 +64,16 @@ class PageFault:
 
 
 def gpte_changed(vcpu: Vcpu, walker: GuestWalker, level: int) -> bool:
-    """FNAME(gpte_changed): read the gPTE again, under mmu_lock and after its table was write-protected."""
+    """paging_tmpl.h:FNAME(gpte_changed): read the gPTE again, its table being write-protected."""
     gpte = vcpu.kvm.host.current.load(GPTE_LOAD, gpa_to_hpa(walker.pte_gpa[level]))
     return gpte != walker.ptes[level]
 
 
 def fetch(vcpu: Vcpu, fault: PageFault, walker: GuestWalker) -> int:
-    """FNAME(fetch): shadow each guest table on the way, then map the page; a RET_PF code."""
+    """paging_tmpl.h:FNAME(fetch): shadow each guest table on the way, then map the page; a RET_PF code."""
     kvm = vcpu.kvm
     mmu = vcpu.mmu
+    direct_access = walker.pte_access
     top_level = role_level(mmu.cpu_role)
     if gpte_changed(vcpu, walker, top_level):
         kvm.mark("fetch.top_changed")
@@ -102,21 +99,20 @@ def fetch(vcpu: Vcpu, fault: PageFault, walker: GuestWalker) -> int:
             return RET_PF_RETRY
         if child is not None:
             link_shadow_page(kvm, address, child)
-        if fault.write and table_gfn == fault.gfn:
-            fault.write_fault_to_shadow_pgtable = kvm.fixes.write_pf_to_sp and kvm.fixes.self_change_in_fetch
+        if fault.write and table_gfn == fault.gfn and kvm.fixes.self_change_in_fetch:
+            fault.write_fault_to_shadow_pgtable = kvm.fixes.write_pf_to_sp
         table_pfn = spte_pfn(read_spte(kvm, address))
         level -= 1
-    base_gfn = fault.gfn & ~((1 << 9 * (level - 1)) - 1) if level > 1 else fault.gfn
-    address = _map_guest_huge_page(kvm, fault, address, level, base_gfn, walker.pte_access)
+    address = _map_guest_huge_page(kvm, fault, address, level, direct_access)
     return mmu_set_spte(kvm, fault, address, walker.pte_access)
 
 
-def _map_guest_huge_page(kvm: Kvm, fault: PageFault, address: int, level: int, base_gfn: int, access: int) -> int:
+def _map_guest_huge_page(kvm: Kvm, fault: PageFault, address: int, level: int, access: int) -> int:
     """The part of FNAME(fetch) below the guest's leaf: direct pages, down to 4K. Address of the leaf SPTE."""
     while level > 1:
         kvm.mark("fetch.guest_huge_page")
         _validate_direct_spte(kvm, address, access)
-        child_gfn = base_gfn | (fault.gfn & ~((1 << 9 * (level - 1)) - 1))
+        child_gfn = fault.gfn & -(1 << 9 * (level - 1))
         child = kvm_mmu_get_child_sp(kvm, sptep_to_sp(kvm, address), address, child_gfn, True, access)
         if child is not None:
             link_shadow_page(kvm, address, child)
@@ -147,7 +143,7 @@ def direct_map(vcpu: Vcpu, fault: PageFault) -> int:
         address = sp.spte_address(table_index(fault.addr, level))
         if level == 1:
             return mmu_set_spte(kvm, fault, address, ACC_ALL)
-        base_gfn = fault.gfn & ~((1 << 9 * (level - 1)) - 1)
+        base_gfn = fault.gfn & -(1 << 9 * (level - 1))
         child = kvm_mmu_get_child_sp(kvm, sp, address, base_gfn, True, ACC_ALL)
         if child is not None:
             link_shadow_page(kvm, address, child)
@@ -157,7 +153,6 @@ def direct_map(vcpu: Vcpu, fault: PageFault) -> int:
 
 def mmu_set_spte(kvm: Kvm, fault: PageFault, address: int, access: int) -> int:
     """mmu.c:mmu_set_spte: install or update the leaf for ``fault``; a RET_PF code."""
-    sp = sptep_to_sp(kvm, address)
     old = read_spte(kvm, address)
     was_rmapped = False
     flush = False
@@ -169,14 +164,12 @@ def mmu_set_spte(kvm: Kvm, fault: PageFault, address: int, access: int) -> int:
             was_rmapped = True
     if fault.pfn == INVALID_PFN:
         return _set_mmio_spte(kvm, fault, address, access, flush)
-    spte, write_protected = _make_spte(kvm, sp, fault, access, old if was_rmapped else 0)
+    spte, write_protected = _make_spte(kvm, fault, access, read_spte(kvm, address))
     result = RET_PF_FIXED
-    if was_rmapped and spte == old:
+    if spte == read_spte(kvm, address):
         result = RET_PF_SPURIOUS
-    elif was_rmapped:
-        flush |= mmu_spte_update(kvm, address, spte)
     else:
-        mmu_spte_set(kvm, address, spte)
+        flush |= mmu_spte_update(kvm, address, spte)
     if write_protected and fault.write:
         result = RET_PF_WRITE_PROTECTED
     if flush:
@@ -192,27 +185,22 @@ def mmu_set_spte(kvm: Kvm, fault: PageFault, address: int, access: int) -> int:
 def _set_mmio_spte(kvm: Kvm, fault: PageFault, address: int, access: int, flush: bool) -> int:
     """mmu.c:mark_mmio_spte, and what mmu_set_spte does around it."""
     kvm.mark("mmio_spte")
-    spte = read_spte(kvm, address)
-    if is_mmio_spte(spte):
-        mmu_spte_clear_no_track(kvm, address)
     mmu_spte_set(kvm, address, make_mmio_spte(fault.gfn, access))
     if flush:
         kvm_flush_remote_tlbs(kvm)
     return RET_PF_EMULATE
 
 
-def _make_spte(kvm: Kvm, sp: ShadowPage, fault: PageFault, access: int, old: int) -> tuple[int, bool]:
-    """spte.c:make_spte for a 4K page: the SPTE, and whether write protection took W from it."""
+def _make_spte(kvm: Kvm, fault: PageFault, access: int, old: int) -> tuple[int, bool]:
+    """spte.c:make_spte for a 4K page: the SPTE, and whether write protection took W from it.
+
+    KVM looks no further if the SPTE that is replaced has W. It does not ask whether that one was present, so an MMIO
+    SPTE with W passes as well.
+    """
     writable = access & ACC_WRITE_MASK != 0 and fault.map_writable
     write_protected = False
-    if writable and not (old & SPTE_P and old & SPTE_W) and not mmu_try_to_unsync_pages(kvm, fault.gfn):
+    if writable and not old & SPTE_W and not mmu_try_to_unsync_pages(kvm, fault.gfn):
         writable = False
         write_protected = True
     return make_leaf_spte(fault.pfn, access, fault.map_writable, writable, False), write_protected
 
-
-def spte_access_allowed(fault: PageFault, spte: int) -> bool:
-    """mmu.c:is_access_allowed, for a present leaf."""
-    if fault.write:
-        return spte & SPTE_W != 0
-    return spte & SPTE_P != 0

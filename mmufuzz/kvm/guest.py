@@ -91,6 +91,8 @@ class GuestBus(Bus):
     def __init__(self, vcpu: Vcpu) -> None:
         self.vcpu = vcpu
         self.mmu = HardwareMmu(vcpu.tlb, ShadowTables(vcpu))
+        self.locked: list[tuple[int, int]] = []
+        """What the last locked load translated to; the store that completes the operation goes there."""
 
     def hardware_config(self) -> PagingConfig:
         """Paging as KVM runs the guest on VMX (vmx.c:vmx_set_cr0, vmx_set_cr4).
@@ -129,8 +131,9 @@ class GuestBus(Bus):
         """A guest load. All pages are translated before anything is read, as hardware does."""
         access = ACCESS_WRITE if rmw else 0
         thread = self.vcpu.thread
-        pieces = [(self.translate(at, access), count) for at, count in pages(gva, size)]
+        pieces = [(self.translate(at, access), count) for at, count in pages(gva, size, regs.long_mode)]
         if locked:
+            self.locked = pieces
             return self._load_locked(pieces)
         value = 0
         done = 0
@@ -159,10 +162,9 @@ class GuestBus(Bus):
         """A guest store; a locked one completes the operation its load began, with no point between."""
         thread = self.vcpu.thread
         if locked:
-            # The load has just translated these pages for writing; nothing ran since.
-            pieces = [(self._cached(at), count) for at, count in pages(gva, size)]
+            pieces = self.locked
         else:
-            pieces = [(self.translate(at, ACCESS_WRITE), count) for at, count in pages(gva, size)]
+            pieces = [(self.translate(at, ACCESS_WRITE), count) for at, count in pages(gva, size, regs.long_mode)]
         done = 0
         for hpa, length in pieces:
             for at, count in words(hpa, length):
@@ -172,14 +174,6 @@ class GuestBus(Bus):
                 else:
                     thread.store(GUEST_STORE, at, part, count)
                 done += count
-
-    def _cached(self, gva: int) -> int:
-        """The translation the locked load used."""
-        entry = self.vcpu.tlb.lookup(gva >> 12)
-        if entry is None:
-            # Evicted between the pages of a split lock: translate again.
-            return self.translate(gva, ACCESS_WRITE)
-        return entry.pfn << 12 | gva & PAGE_SIZE - 1
 
     def fetch(self, regs: Regs, gva: int, size: int) -> bytes:
         """Code bytes."""

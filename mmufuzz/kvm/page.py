@@ -53,7 +53,9 @@ def link_shadow_page(kvm: Kvm, address: int, child: ShadowPage) -> None:
     """mmu.c:__link_shadow_page: point the SPTE at ``child``; what was there goes first, with a flush."""
     if is_shadow_present(read_spte(kvm, address)):
         kvm.mark("link.replaced")
-        kvm_mmu_remote_flush_or_zap(kvm, [], mmu_page_zap_pte(kvm, address))
+        invalid_list: list[ShadowPage] = []
+        mmu_page_zap_pte(kvm, address, invalid_list)
+        kvm_mmu_remote_flush_or_zap(kvm, invalid_list, True)
     mmu_spte_set(kvm, address, make_nonleaf_spte(child.pfn))
     child.parent_ptes.append(address)
 

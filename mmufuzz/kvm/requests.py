@@ -10,7 +10,6 @@ from mmufuzz.kvm.structs import EXITING_GUEST_MODE, IN_GUEST_MODE, OUTSIDE_GUEST
 
 REQ_MMU_FREE_OBSOLETE_ROOTS: Final = 1 << 0
 REQ_MMU_SYNC: Final = 1 << 1
-REQ_LOAD_MMU_PGD: Final = 1 << 2
 REQ_TLB_FLUSH: Final = 1 << 3
 REQ_TLB_FLUSH_CURRENT: Final = 1 << 4
 REQ_TLB_FLUSH_GUEST: Final = 1 << 5

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from mmufuzz.host.memory import PAGE_SHIFT
 from mmufuzz.host.sites import SPTE_ATOMIC, SPTE_STORE
 from mmufuzz.kvm.memslots import gfn_to_memslot
 from mmufuzz.kvm.role import ROLE_DIRECT, role_level
 from mmufuzz.kvm.spte import (
+    SPTE_A,
+    SPTE_D,
     SPTE_MMU_WRITABLE,
     SPTE_W,
     is_last_spte,
@@ -14,6 +18,8 @@ from mmufuzz.kvm.spte import (
     spte_has_volatile_bits,
 )
 from mmufuzz.kvm.structs import Kvm, MemSlot, ShadowPage
+
+_NOTHING: Final[list[int]] = []
 
 
 def sptep_to_sp(kvm: Kvm, address: int) -> ShadowPage:
@@ -31,11 +37,6 @@ def read_spte(kvm: Kvm, address: int) -> int:
     return kvm.host.current.peek(address)
 
 
-def present_indices(sp: ShadowPage, kvm: Kvm) -> list[int]:
-    """Indices of the SPTEs that are not zero, in ascending order."""
-    return [index for index in sorted(sp.used) if read_spte(kvm, sp.spte_address(index))]
-
-
 def kvm_mmu_page_get_gfn(sp: ShadowPage, index: int) -> int:
     """mmu.c:kvm_mmu_page_get_gfn: what SPTE ``index`` maps."""
     if sp.role & ROLE_DIRECT:
@@ -45,6 +46,7 @@ def kvm_mmu_page_get_gfn(sp: ShadowPage, index: int) -> int:
 
 def mmu_spte_set(kvm: Kvm, address: int, spte: int) -> None:
     """mmu.c:mmu_spte_set: a plain store over a non-present SPTE."""
+    kvm.warn_on(is_shadow_present(read_spte(kvm, address)), "mmu_spte_set", "overwrote a present SPTE")
     sptep_to_sp(kvm, address).used[spte_index(address)] = True
     kvm.host.current.store(SPTE_STORE, address, spte)
 
@@ -58,7 +60,7 @@ def mmu_spte_update(kvm: Kvm, address: int, spte: int) -> bool:
     """mmu.c:mmu_spte_update: replace a present SPTE; True if TLBs must be flushed.
 
     The flush is due whenever the old SPTE was MMU-writable and the new one is not writable, even if W was clear
-    already: a stale writable TLB entry may be left from before.
+    already: a stale writable TLB entry may be left from before. It is also due when A or D goes.
     """
     old = read_spte(kvm, address)
     if not is_shadow_present(old):
@@ -68,7 +70,9 @@ def mmu_spte_update(kvm: Kvm, address: int, spte: int) -> bool:
         old = kvm.host.current.xchg(SPTE_ATOMIC, address, spte)
     else:
         kvm.host.current.store(SPTE_STORE, address, spte)
-    return bool(old & SPTE_MMU_WRITABLE) and not spte & SPTE_W
+    if old & SPTE_MMU_WRITABLE and not spte & SPTE_W:
+        return True
+    return old & ~spte & (SPTE_A | SPTE_D) != 0
 
 
 def mmu_spte_clear_track_bits(kvm: Kvm, address: int) -> int:
@@ -96,8 +100,8 @@ def rmap_add(kvm: Kvm, address: int, gfn: int) -> None:
     if not sp.role & ROLE_DIRECT:
         sp.shadowed_gfn[spte_index(address)] = gfn
     slot = gfn_to_memslot(kvm, gfn)
-    if slot is not None:
-        gfn_to_rmap(slot, gfn, role_level(sp.role)).append(address)
+    assert slot is not None, "a leaf SPTE maps memory"
+    gfn_to_rmap(slot, gfn, role_level(sp.role)).append(address)
 
 
 def rmap_remove(kvm: Kvm, address: int) -> None:
@@ -105,7 +109,8 @@ def rmap_remove(kvm: Kvm, address: int) -> None:
     sp = sptep_to_sp(kvm, address)
     gfn = kvm_mmu_page_get_gfn(sp, spte_index(address))
     slot = gfn_to_memslot(kvm, gfn)
-    head = gfn_to_rmap(slot, gfn, role_level(sp.role)) if slot is not None else []
+    assert slot is not None, "a leaf SPTE maps memory"
+    head = gfn_to_rmap(slot, gfn, role_level(sp.role))
     if kvm.warn_on(address not in head, "pte_list_remove", "SPTE missing from its rmap"):
         return
     head.remove(address)
@@ -125,15 +130,15 @@ def drop_parent_pte(kvm: Kvm, child: ShadowPage, address: int) -> None:
 
 
 def rmap_write_protect(kvm: Kvm, slot: MemSlot, gfn: int) -> bool:
-    """mmu.c:kvm_mmu_slot_gfn_write_protect with pt_protect: take W and MMU_W from all SPTEs of gfn; True: flush."""
+    """mmu.c:kvm_mmu_slot_gfn_write_protect with pt_protect: take W and MMU_W from all SPTEs of gfn; True: flush.
+
+    All leaves are 4K, so the rmaps of larger pages are empty.
+    """
     flush = False
-    for level in (1, 2, 3):
-        for address in gfn_to_rmap(slot, gfn & ~((1 << 9 * (level - 1)) - 1), level):
-            spte = read_spte(kvm, address)
-            if not spte & (SPTE_W | SPTE_MMU_WRITABLE):
-                continue
-            if mmu_spte_update(kvm, address, spte & ~(SPTE_W | SPTE_MMU_WRITABLE)):
-                flush = True
+    for address in slot.rmap[0].get(gfn, _NOTHING):
+        spte = read_spte(kvm, address)
+        if spte & (SPTE_W | SPTE_MMU_WRITABLE):
+            flush |= mmu_spte_update(kvm, address, spte & ~(SPTE_W | SPTE_MMU_WRITABLE))
     return flush
 
 

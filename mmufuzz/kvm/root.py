@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.host.memory import PAGE_SHIFT
+from mmufuzz.host.memory import PAGE_SHIFT, PAGE_SIZE
 from mmufuzz.host.sites import ROLE_LOAD, VALID_GEN_LOAD
 from mmufuzz.kvm.page import gfn_is_visible, kvm_mmu_get_shadow_page
-from mmufuzz.kvm.requests import REQ_LOAD_MMU_PGD, REQ_MMU_SYNC, REQ_TLB_FLUSH_CURRENT, kvm_make_request
+from mmufuzz.kvm.requests import REQ_MMU_SYNC, REQ_TLB_FLUSH_CURRENT, kvm_make_request
 from mmufuzz.kvm.role import (
     ACC_ALL,
     ROLE_CR0_WP,
@@ -28,6 +28,9 @@ PT64_ROOT_5LEVEL: Final = 5
 PT64_ROOT_4LEVEL: Final = 4
 PT32E_ROOT_LEVEL: Final = 3
 
+TRIPLE_FAULT: Final = 1
+"""kvm_mmu_load made a triple-fault request instead of a root."""
+
 
 def kvm_init_shadow_mmu(vcpu: Vcpu) -> None:
     """mmu.c:kvm_calc_cpu_role, kvm_init_shadow_mmu: roles from the guest's registers.
@@ -39,7 +42,7 @@ def kvm_init_shadow_mmu(vcpu: Vcpu) -> None:
     if vcpu.guest_mode:
         # kvm_init_shadow_npt_mmu: a host with 5 levels puts a pass-through table in front of L1's 4.
         mmu.direct = False
-        mmu.cpu_role = with_level_access(ROLE_GUEST_MODE | ROLE_EFER_NX | ROLE_CR0_WP, PT64_ROOT_4LEVEL, ACC_ALL)
+        mmu.cpu_role = with_level_access(ROLE_GUEST_MODE | ROLE_EFER_NX, PT64_ROOT_4LEVEL, ACC_ALL)
         mmu.root_role = with_level_access(mmu.cpu_role | ROLE_PASSTHROUGH, PT64_ROOT_5LEVEL, ACC_ALL)
         return
     if not regs.cr0 & CR0_PG:
@@ -63,22 +66,32 @@ def kvm_init_shadow_mmu(vcpu: Vcpu) -> None:
 
 
 def kvm_mmu_load(vcpu: Vcpu) -> int:
-    """mmu.c:kvm_mmu_load: give the vCPU a root; 0 or a negative errno."""
+    """mmu.c:kvm_mmu_load: give the vCPU a root; 0, a negative errno or TRIPLE_FAULT."""
     kvm = vcpu.kvm
     kvm.mark("mmu_load")
     result = _mmu_alloc_direct_roots(vcpu) if vcpu.mmu.direct else _mmu_alloc_shadow_roots(vcpu)
     if result == 0:
+        kvm_mmu_sync_roots(vcpu)
         vcpu.tlb.flush_all()
     return result
 
 
+def kvm_mmu_sync_roots(vcpu: Vcpu) -> None:
+    """mmu.c:kvm_mmu_sync_roots: no page is ever unsync, so all it does is forget the MMIO access."""
+    if not vcpu.mmu.direct:
+        vcpu.mmio_gva = 0
+
+
 def _mmu_alloc_shadow_roots(vcpu: Vcpu) -> int:
-    """mmu.c:mmu_alloc_shadow_roots."""
+    """mmu.c:mmu_alloc_shadow_roots; before 6.6 mmu_check_root refuses a root outside all memslots."""
     kvm = vcpu.kvm
     mmu = vcpu.mmu
     root_gfn = vcpu.regs.cr3 >> PAGE_SHIFT
     if not gfn_is_visible(kvm, root_gfn):
-        # 6.1 asks for a triple fault instead; either way the guest's next access fails in the guest walk.
+        if not kvm.fixes.dummy_root:
+            kvm.mark("root.triple_fault")
+            return TRIPLE_FAULT
+        # Every access of the guest fails in the guest walk.
         kvm.mark("root.dummy")
         if kvm.dummy_root_pfn == INVALID_PFN:
             kvm.dummy_root_pfn = kvm.alloc_frame()
@@ -167,12 +180,12 @@ def kvm_mmu_free_obsolete_roots(vcpu: Vcpu) -> None:
 def kvm_mmu_new_pgd(vcpu: Vcpu) -> None:
     """mmu.c:kvm_mmu_new_pgd, without cached previous roots: the next entry loads a root for the new CR3."""
     kvm_mmu_free_roots(vcpu)
-    kvm_make_request(vcpu, REQ_LOAD_MMU_PGD)
 
 
 def kvm_mmu_reset_context(vcpu: Vcpu) -> None:
     """mmu.c:kvm_mmu_reset_context: roles changed; drop the root and start over."""
     kvm_mmu_free_roots(vcpu)
+    vcpu.mmio_gva = 0  # kvm_mmu_unload
     kvm_init_shadow_mmu(vcpu)
 
 
@@ -189,33 +202,46 @@ def kvm_set_cr3(vcpu: Vcpu, value: int) -> bool:
 
 
 def kvm_set_cr0(vcpu: Vcpu, value: int) -> bool:
-    """regs.c:kvm_set_cr0, kvm_post_set_cr0: only CR0.WP may change here; False asks for #GP(0)."""
+    """regs.c:kvm_set_cr0, kvm_post_set_cr0 (6.1: x86.c): only CR0.WP may change here; False asks for #GP(0).
+
+    The TLB is flushed when the next root is loaded. Without paging nothing happens (6.1 drops the root even so).
+    """
     regs = vcpu.regs
     if (value ^ regs.cr0) & ~CR0_WP:
         return False
     if value != regs.cr0:
         regs.cr0 = value
-        kvm_mmu_reset_context(vcpu)
-        kvm_make_request(vcpu, REQ_TLB_FLUSH_CURRENT)
+        if value & CR0_PG:
+            kvm_mmu_reset_context(vcpu)
     return True
 
 
 def kvm_set_cr4(vcpu: Vcpu, value: int) -> bool:
-    """regs.c:kvm_set_cr4, kvm_post_set_cr4: only SMEP and SMAP may change here; False asks for #GP(0)."""
+    """regs.c:kvm_set_cr4, kvm_post_set_cr4 (6.1: x86.c): only SMEP and SMAP may change here; False asks for #GP(0).
+
+    Setting SMEP flushes, as the architecture has it.
+    """
     regs = vcpu.regs
     if (value ^ regs.cr4) & ~(CR4_SMEP | CR4_SMAP):
         return False
-    if value != regs.cr4:
+    old = regs.cr4
+    if value != old:
         regs.cr4 = value
         kvm_mmu_reset_context(vcpu)
-        kvm_make_request(vcpu, REQ_TLB_FLUSH_CURRENT)
+        if value & ~old & CR4_SMEP:
+            kvm_make_request(vcpu, REQ_TLB_FLUSH_CURRENT)
     return True
 
 
-def kvm_mmu_invlpg(vcpu: Vcpu, gva: int) -> None:
-    """mmu.c:kvm_mmu_invlpg, kvm_mmu_invalidate_addr: flush the address, then sync its SPTE if its page is unsync."""
+def kvm_mmu_invalidate_addr(vcpu: Vcpu, gva: int) -> None:
+    """mmu.c:kvm_mmu_invalidate_addr (6.1: kvm_mmu_invalidate_gva): flush the address, sync its SPTE if that is unsync.
+
+    None is, but the indirect MMU takes mmu_lock to see that. For INVLPG (kvm_mmu_invlpg) and for an injected #PF.
+    """
     vcpu.tlb.invalidate(gva >> PAGE_SHIFT)
-    if vcpu.mmio_gva == gva & ~0xFFF:
-        vcpu.mmio_gva = -1
+    if vcpu.mmu.direct:
+        return
+    if vcpu.mmio_gva == gva & -PAGE_SIZE:
+        vcpu.mmio_gva = 0
     vcpu.kvm.mmu_lock.acquire()
     vcpu.kvm.mmu_lock.release()

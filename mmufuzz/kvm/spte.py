@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.kvm.role import ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK
+from mmufuzz.kvm.role import ACC_EXEC_MASK, ACC_USER_MASK
 
 SPTE_P: Final = 1 << 0
 SPTE_W: Final = 1 << 1
@@ -22,6 +22,8 @@ SPTE_MMU_PRESENT: Final = 1 << 11
 SPTE_NX: Final = 1 << 63
 SPTE_MMIO: Final = 1 << 51
 """Reserved for the modelled MAXPHYADDR, so that hardware raises a RSVD #PF."""
+SPTE_MMIO_ACCESS: Final = SPTE_W | SPTE_U
+"""Where an MMIO SPTE keeps ACC_* bits (shadow_mmio_access_mask): those have the positions of W and U."""
 
 _FRAME: Final = ((1 << 51) - 1) & ~0xFFF
 
@@ -53,12 +55,7 @@ def make_nonleaf_spte(child_pfn: int) -> int:
 
 def make_mmio_spte(gfn: int, access: int) -> int:
     """spte.c:make_mmio_spte, without a generation: the set of memslots is fixed during a run."""
-    spte = SPTE_MMIO | SPTE_P | gfn << 12
-    if access & ACC_WRITE_MASK:
-        spte |= SPTE_W
-    if access & ACC_USER_MASK:
-        spte |= SPTE_U
-    return spte
+    return SPTE_MMIO | SPTE_P | gfn << 12 | access & SPTE_MMIO_ACCESS
 
 
 def mmio_spte_gfn(spte: int) -> int:
@@ -83,9 +80,7 @@ def make_leaf_spte(pfn: int, access: int, host_writable: bool, writable: bool, p
 
 
 def spte_has_volatile_bits(spte: int) -> bool:
-    """spte.c:spte_has_volatile_bits: hardware or a lockless fault may change the SPTE behind mmu_lock's holder."""
+    """spte.c:spte_has_volatile_bits: a present SPTE that may change behind the back of mmu_lock's holder."""
     if not spte & SPTE_W and spte & SPTE_MMU_WRITABLE:
         return True
-    if is_shadow_present(spte):
-        return not spte & SPTE_A or bool(spte & SPTE_W and not spte & SPTE_D)
-    return False
+    return not spte & SPTE_A or bool(spte & SPTE_W and not spte & SPTE_D)

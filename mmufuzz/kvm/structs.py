@@ -52,7 +52,8 @@ IN_GUEST_MODE: Final = 1
 EXITING_GUEST_MODE: Final = 2
 READING_SHADOW_PAGE_TABLES: Final = 3
 
-_NESTED_PAGING: Final = PagingConfig(4, cr0_wp=True, efer_nx=True)
+# kvm_init_shadow_npt_mmu gets only CR0.PG: CR0.WP counts as clear, which user accesses do not notice.
+_NESTED_PAGING: Final = PagingConfig(4, cr0_wp=False, efer_nx=True)
 
 INVALID_GPA: Final = -1
 INVALID_PFN: Final = -1
@@ -111,8 +112,6 @@ class ShadowPage:
         self.shadowed_gfn: dict[int, int] = {}
         """gfn each present leaf SPTE maps, by index; only for pages that shadow gPTEs."""
         self.unsync = False
-        self.unsync_children = 0
-        self.hashed = True
         self.active = True
 
     def spte_address(self, index: int) -> int:
@@ -128,8 +127,6 @@ class Mmu:
         self.root_sp: ShadowPage | None = None
         """None for a special root: the PAE root of a direct MMU, or the dummy root."""
         self.root_dummy = False
-        self.root_pgd = 0
-        """gfn of the guest's root table."""
         self.cpu_role = 0
         self.root_role = 0
         self.direct = False
@@ -157,8 +154,13 @@ class Vcpu:
         self.in_guest = False
         self.last_retry_eip = 0
         self.last_retry_addr = 0
-        self.mmio_gfn = -1
-        self.mmio_gva = -1
+        self.reexecuting_gfn = -1
+        """gfn of a write that is retried without an unprotect because the count was zero; only marks look at it."""
+        self.mmio_gva = 0
+        """Page of the last MMIO access; 0 for none, so KVM caches nothing for page 0."""
+        self.mmio_gfn = 0
+        self.mmio_access = 0
+        """ACC_* bits of that page's translation."""
         self.pending_fault: tuple[int, int] | None = None
         """A #PF queued for the guest: address and error code."""
         self.pending_exception: tuple[int, int] | None = None

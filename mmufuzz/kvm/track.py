@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from mmufuzz.host.memory import PAGE_SHIFT
 from mmufuzz.host.sites import COUNT_LOAD, MB
 from mmufuzz.kvm.role import role_level
@@ -16,8 +18,9 @@ from mmufuzz.kvm.zap import (
     zap_gfn,
 )
 from mmufuzz.x86.paging import ACCESS_WRITE
+from mmufuzz.x86.state import CR4_PAE
 
-FLOOD_LIMIT = 3
+FLOOD_LIMIT: Final = 3
 """Emulated writes to a table, with no fault through it in between, that cost it its shadow page."""
 
 
@@ -26,25 +29,34 @@ def kvm_mmu_track_write(vcpu: Vcpu, gpa: int, size: int) -> None:
 
     Zaps the SPTEs derived from what was overwritten. The barrier orders the store before the read of the count; it
     pairs with the one in account_shadowed. Before the direct call, the SRCU read lock around the notifier list
-    held a full barrier in the same place (srcutree.c:__srcu_read_lock).
+    held a full barrier in the same place (srcutree.c:__srcu_read_lock); an external user of write tracking, whose
+    notifier is called first (page_track.c:__kvm_page_track_write), brings that one back.
+
+    A guest with CR4.PAE is taken to write a gPTE in two halves, so that 4 bytes count as the 8 they lie in
+    (mmu_pte_write_fetch_gpte) - also 4 bytes that straddle two gPTEs, the second of which is then overlooked.
     """
     kvm = vcpu.kvm
     thread = kvm.host.current
-    if kvm.fixes.barrier_emulator or not kvm.fixes.track_direct_call:
+    if kvm.fixes.barrier_emulator or not kvm.fixes.track_direct_call or kvm.options.write_track:
         thread.fence(MB)
     if thread.load(COUNT_LOAD, kvm.indirect_shadow_pages) == 0:
         kvm.mark("track_write.skipped")
         return
     kvm.mmu_lock.acquire()
     kvm.mark("track_write.locked")
+    if size == 4 and vcpu.regs.cr4 & CR4_PAE:
+        gpa &= ~7
+        size = 8
     invalid_list: list[ShadowPage] = []
     flush = False
     for sp in gsps_at(kvm, gpa >> PAGE_SHIFT):
+        if sp.invalid:
+            continue  # zapped with its parent in a nested page table
         if detect_write_misaligned(gpa, size) or detect_write_flooding(kvm, sp):
             kvm_mmu_prepare_zap_page(kvm, sp, invalid_list)
             continue
         index = (gpa & 0xFFF) >> 3
-        if index in sp.used and mmu_page_zap_pte(kvm, sp.spte_address(index)):
+        if index in sp.used and mmu_page_zap_pte(kvm, sp.spte_address(index), None):
             kvm.host.note(f"track_write: zap spte {index} of gfn {sp.gfn:#x}")
             flush = True
     kvm_mmu_remote_flush_or_zap(kvm, invalid_list, flush)

@@ -22,23 +22,23 @@ from mmufuzz.kvm.guest import (
     settle_rip,
 )
 from mmufuzz.kvm.requests import (
-    REQ_LOAD_MMU_PGD,
     REQ_MMU_FREE_OBSOLETE_ROOTS,
     REQ_MMU_SYNC,
     REQ_TLB_FLUSH,
     REQ_TLB_FLUSH_CURRENT,
-    REQ_TLB_FLUSH_GUEST,
     kvm_check_request,
 )
 from mmufuzz.kvm.root import (
+    TRIPLE_FAULT,
     kvm_init_shadow_mmu,
     kvm_mmu_free_obsolete_roots,
-    kvm_mmu_invlpg,
+    kvm_mmu_invalidate_addr,
     kvm_mmu_load,
+    kvm_mmu_sync_roots,
 )
 from mmufuzz.kvm.structs import IN_GUEST_MODE, INVALID_PFN, OUTSIDE_GUEST_MODE, Kvm, Vcpu
 from mmufuzz.kvm.x86 import EXIT_TO_USERSPACE, RESUME_GUEST, handle_ud, x86_emulate_instruction
-from mmufuzz.kvm.zap import kvm_mmu_zap_all_fast
+from mmufuzz.kvm.zap import gsps_at, kvm_mmu_zap_all_fast
 from mmufuzz.x86.state import VECTOR_GP, VECTOR_PF
 
 
@@ -104,10 +104,13 @@ def vcpu_enter_guest(vcpu: Vcpu, bus: GuestBus) -> int:
     deliver_queued(vcpu)
     if vcpu.finished:
         return RESUME_GUEST
-    if vcpu.mmu.root_pfn == INVALID_PFN and kvm_mmu_load(vcpu) != 0:
-        vcpu.userspace_exits.append("enospc")
-        vcpu.skip_step = True
-        return EXIT_TO_USERSPACE
+    if vcpu.mmu.root_pfn == INVALID_PFN:
+        result = kvm_mmu_load(vcpu)
+        if result != 0:
+            # KVM_REQ_TRIPLE_FAULT becomes KVM_EXIT_SHUTDOWN, after which the modelled userspace goes on all the same.
+            vcpu.userspace_exits.append("shutdown" if result == TRIPLE_FAULT else "enospc")
+            vcpu.skip_step = True
+            return EXIT_TO_USERSPACE
     vcpu.irqs_disabled = True
     thread.store(MODE_STORE, vcpu.mode_address, IN_GUEST_MODE)
     # The barrier of the store-buffering pair with kvm_make_all_cpus_request.
@@ -117,6 +120,10 @@ def vcpu_enter_guest(vcpu: Vcpu, bus: GuestBus) -> int:
         kvm.mark("entry.cancelled")
         leave_guest_mode(vcpu)
         return RESUME_GUEST
+    if vcpu.reexecuting_gfn >= 0:
+        if gsps_at(kvm, vcpu.reexecuting_gfn):
+            kvm.mark("reexecute.false_negative")
+        vcpu.reexecuting_gfn = -1
     kvm.host.point(VCPU_ENTRY)
     thread.drain()
     vcpu.in_guest = True
@@ -144,12 +151,12 @@ def service_requests(vcpu: Vcpu) -> None:
         return
     if kvm_check_request(vcpu, pending, REQ_MMU_FREE_OBSOLETE_ROOTS):
         kvm_mmu_free_obsolete_roots(vcpu)
-    # kvm_mmu_sync_roots and kvm_mmu_load_pgd: no page is ever unsync, and the root is read at entry.
-    kvm_check_request(vcpu, pending, REQ_MMU_SYNC)
-    kvm_check_request(vcpu, pending, REQ_LOAD_MMU_PGD)
+        # Freeing the root may have asked this vCPU, too, to flush.
+        pending = thread.load(REQUESTS_LOAD, vcpu.requests_address)
+    if kvm_check_request(vcpu, pending, REQ_MMU_SYNC):
+        kvm_mmu_sync_roots(vcpu)
     flush = kvm_check_request(vcpu, pending, REQ_TLB_FLUSH)
     flush = kvm_check_request(vcpu, pending, REQ_TLB_FLUSH_CURRENT) or flush
-    flush = kvm_check_request(vcpu, pending, REQ_TLB_FLUSH_GUEST) or flush
     if flush:
         vcpu.tlb.flush_all()
 
@@ -186,7 +193,7 @@ def handle_exit(vcpu: Vcpu, vmexit: VmExit) -> int:
         else:
             deliver(vcpu, VECTOR_GP, 0, 0)
     elif reason == EXIT_INVLPG:
-        kvm_mmu_invlpg(vcpu, vmexit.a)
+        kvm_mmu_invalidate_addr(vcpu, vmexit.a)
         vcpu.kvm.observer.guest_invalidated(vcpu.index, vmexit.a)
         skip_emulated_instruction(vcpu, vmexit.length)
     elif reason == EXIT_HLT:

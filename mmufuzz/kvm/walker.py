@@ -45,7 +45,7 @@ class GuestWalker:
 
 
 def gpte_access(gpte: int) -> int:
-    """FNAME(gpte_access): ACC_* bits of one entry."""
+    """paging_tmpl.h:FNAME(gpte_access): ACC_* bits of one entry."""
     access = 0
     if gpte & PTE_W:
         access |= ACC_WRITE_MASK
@@ -57,7 +57,7 @@ def gpte_access(gpte: int) -> int:
 
 
 def walk_addr(vcpu: Vcpu, gva: int, access: int) -> GuestWalker:
-    """FNAME(walk_addr_generic): translate ``gva`` for ``access`` (bits of a #PF error code, P ignored).
+    """paging_tmpl.h:FNAME(walk_addr_generic): translate ``gva`` for ``access`` (bits of a #PF error code, P ignored).
 
     Reads each gPTE with one load, sets A and D by cmpxchg on guest memory and starts over when it loses. On failure
     ``failed`` is set and ``error_code`` is what the guest's #PF gets.
@@ -119,7 +119,7 @@ def _failed(vcpu: Vcpu, walker: GuestWalker, access: int, cause: int) -> GuestWa
 
 
 def _update_accessed_dirty_bits(vcpu: Vcpu, walker: GuestWalker, access: int) -> bool:
-    """FNAME(update_accessed_dirty_bits): from the top level down; False if a gPTE changed meanwhile."""
+    """paging_tmpl.h:FNAME(update_accessed_dirty_bits): from the top level down; False if a gPTE changed meanwhile."""
     kvm = vcpu.kvm
     level = vcpu.paging.level
     while level >= walker.level:
@@ -136,6 +136,11 @@ def _update_accessed_dirty_bits(vcpu: Vcpu, walker: GuestWalker, access: int) ->
             walker.ptes[level] = new
         level -= 1
     return True
+
+
+def vcpu_match_mmio_gva(vcpu: Vcpu, gva: int) -> bool:
+    """x86.h:vcpu_match_mmio_gva: the last MMIO access was to this page."""
+    return vcpu.mmio_gva != 0 and vcpu.mmio_gva == gva & -PAGE_SIZE
 
 
 def gva_to_gpa(vcpu: Vcpu, gva: int, access: int) -> tuple[int, int]:

@@ -61,8 +61,7 @@ def account_shadowed(kvm: Kvm, sp: ShadowPage) -> None:
     if count == 0:
         kvm.mark("account_shadowed.first")
     slot = gfn_to_memslot(kvm, sp.gfn)
-    if slot is None:
-        return
+    assert slot is not None, "the walker found the table in a memslot"
     if role_level(sp.role) > 1:
         update_gfn_write_track(kvm, sp.gfn, 1)
     update_gfn_disallow_lpage_count(slot, sp.gfn, 1)
@@ -76,8 +75,7 @@ def unaccount_shadowed(kvm: Kvm, sp: ShadowPage) -> None:
     thread = kvm.host.current
     thread.store(COUNT_STORE, kvm.indirect_shadow_pages, thread.peek(kvm.indirect_shadow_pages) - 1)
     slot = gfn_to_memslot(kvm, sp.gfn)
-    if slot is None:
-        return
+    assert slot is not None, "the walker found the table in a memslot"
     if role_level(sp.role) > 1:
         update_gfn_write_track(kvm, sp.gfn, -1)
     update_gfn_disallow_lpage_count(slot, sp.gfn, -1)

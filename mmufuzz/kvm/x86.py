@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from mmufuzz.host.memory import PAGE_SHIFT
 from mmufuzz.host.sites import COUNT_LOAD
 from mmufuzz.kvm.emulate import (
-    CmpxchgFailed,
     EmulationFailed,
     EmulatorBus,
     can_execute,
@@ -28,17 +29,17 @@ from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.paging import ACCESS_WRITE
 from mmufuzz.x86.state import VECTOR_PF, VECTOR_UD, Fault
 
-RESUME_GUEST = 1
-EXIT_TO_USERSPACE = 0
+RESUME_GUEST: Final = 1
+EXIT_TO_USERSPACE: Final = 0
 
-FORCED_EMULATION_PREFIX = b"\x0f\x0bkvm"
+FORCED_EMULATION_PREFIX: Final = b"\x0f\x0bkvm"
 
 
 def handle_ud(vcpu: Vcpu) -> int:
     """x86.c:handle_ud: a #UD exit; the forced-emulation prefix sends the instruction behind it to the emulator."""
     emultype = EMULTYPE_TRAP_UD
     try:
-        signature = EmulatorBus(vcpu).fetch(vcpu.regs, vcpu.regs.rip, len(FORCED_EMULATION_PREFIX))
+        signature = EmulatorBus(vcpu).read_std(vcpu.regs, vcpu.regs.rip, len(FORCED_EMULATION_PREFIX))
         if signature == FORCED_EMULATION_PREFIX:
             vcpu.kvm.mark("emulate.forced")
             vcpu.regs.rip += len(FORCED_EMULATION_PREFIX)
@@ -56,9 +57,9 @@ def x86_emulate_instruction(vcpu: Vcpu, gva: int, emultype: int) -> int:
         insn = x86_decode_insn(vcpu)
     except EmulationFailed:
         kvm.mark("emulate.decode_failed")
-        return _on_failure(vcpu, gva, emultype, None)
+        return _on_decode_failure(vcpu, gva, emultype, None)
     except Fault as fault:
-        return _on_failure(vcpu, gva, emultype, fault)
+        return _on_decode_failure(vcpu, gva, emultype, fault)
     if emultype & EMULTYPE_TRAP_UD:
         # The #UD intercept without the prefix is for foreign hypercalls; every other instruction gets its #UD.
         queue_exception(vcpu, Fault(VECTOR_UD))
@@ -72,19 +73,27 @@ def x86_emulate_instruction(vcpu: Vcpu, gva: int, emultype: int) -> int:
 def _x86_emulate_insn(vcpu: Vcpu, gva: int, emultype: int, insn: Insn) -> int:
     """emulate.c:x86_emulate_insn and what x86_emulate_instruction does with its result."""
     kvm = vcpu.kvm
-    if not can_execute(insn):
-        kvm.mark("emulate.execution_failed")
-        return _on_failure(vcpu, gva, emultype, None)
-    rip = vcpu.regs.rip
+    regs = vcpu.regs
+    rip = regs.rip
+    gpr = regs.gpr[:]
     exits = len(vcpu.userspace_exits)
+    bus = EmulatorBus(vcpu, can_execute(insn))
     try:
-        execute(vcpu.regs, insn, EmulatorBus(vcpu))
+        execute(regs, insn, bus)
+    except EmulationFailed:
+        kvm.mark("emulate.execution_failed")
+        if _retry_on_failure(vcpu, gva, emultype):
+            kvm.mark("emulate.reexecuted")
+            return RESUME_GUEST
+        return handle_emulation_failure(vcpu)
     except Fault as fault:
         kvm.mark("emulate.fault")
         queue_exception(vcpu, fault)
         return RESUME_GUEST
-    except CmpxchgFailed:
-        vcpu.regs.rip = rip
+    if bus.cmpxchg_failed:
+        # Neither RIP nor registers are written back, so the guest executes the instruction again; RFLAGS are.
+        regs.rip = rip
+        regs.gpr = gpr
         return RESUME_GUEST
     kvm.mark("emulate.done")
     kvm.host.note(f"emulated {insn.mnemonic}")
@@ -94,8 +103,8 @@ def _x86_emulate_insn(vcpu: Vcpu, gva: int, emultype: int, insn: Insn) -> int:
     return EXIT_TO_USERSPACE if len(vcpu.userspace_exits) > exits else RESUME_GUEST
 
 
-def _on_failure(vcpu: Vcpu, gva: int, emultype: int, fault: Fault | None) -> int:
-    """Decoding or execution failed: retry natively, raise what the fetch raised, or give up."""
+def _on_decode_failure(vcpu: Vcpu, gva: int, emultype: int, fault: Fault | None) -> int:
+    """x86.c:x86_emulate_instruction, decoding failed: retry natively, raise what the fetch raised, or give up."""
     if emultype & (EMULTYPE_TRAP_UD | EMULTYPE_TRAP_UD_FORCED):
         queue_exception(vcpu, Fault(VECTOR_UD))
         return RESUME_GUEST
@@ -132,8 +141,8 @@ def _retry_instruction_before_rewrite(vcpu: Vcpu, gva: int, emultype: int, insn:
     vcpu.last_retry_eip = vcpu.regs.rip
     vcpu.last_retry_addr = gva
     gpa, _ = gva_to_gpa(vcpu, gva, ACCESS_WRITE)
-    if gpa != INVALID_GPA:
-        kvm_mmu_unprotect_page(vcpu.kvm, gpa >> PAGE_SHIFT)
+    # Also for INVALID_GPA, which no page shadows.
+    kvm_mmu_unprotect_page(vcpu.kvm, gpa >> PAGE_SHIFT)
     return True
 
 
@@ -164,30 +173,41 @@ def reexecute_instruction(vcpu: Vcpu, gva: int, emultype: int) -> bool:
     if gpa == INVALID_GPA:
         return True
     gfn = gpa >> PAGE_SHIFT
-    if gfn_to_memslot(kvm, gfn) is None and fixes.reexecute_opt_in:
+    slot = gfn_to_memslot(kvm, gfn)
+    if (slot is None or slot.readonly) and fixes.reexecute_opt_in:
+        # gfn_to_pfn, which asks for write access, gives an error.
         return False
     direct = vcpu.mmu.direct
     if direct and not fixes.reexecute_one_path:
-        if _read_indirect_shadow_pages(vcpu, fixes.reexecute_lockless):
-            kvm_mmu_unprotect_page(kvm, gfn)
+        if _read_indirect_shadow_pages(vcpu, gfn):
+            _unprotect_by_count(vcpu, gfn)
         return True
-    if not fixes.reexecute_one_path or _read_indirect_shadow_pages(vcpu, fixes.reexecute_lockless):
+    if not fixes.reexecute_one_path:
         kvm_mmu_unprotect_page(kvm, gfn)
+    elif _read_indirect_shadow_pages(vcpu, gfn):
+        _unprotect_by_count(vcpu, gfn)
     if direct and not fixes.reexecute_flag_only:
         return True
     return not emultype & EMULTYPE_WRITE_PF_TO_SP
 
 
-def _read_indirect_shadow_pages(vcpu: Vcpu, lockless: bool) -> bool:
+def _unprotect_by_count(vcpu: Vcpu, gfn: int) -> None:
+    """The count said that there may be something to unprotect."""
+    if not kvm_mmu_unprotect_page(vcpu.kvm, gfn):
+        vcpu.kvm.mark("reexecute.false_positive")
+
+
+def _read_indirect_shadow_pages(vcpu: Vcpu, gfn: int) -> bool:
     """The heuristic of the seed: is there any gSP at all? Before 6.9 mmu_lock was taken just to read it."""
     kvm = vcpu.kvm
-    if lockless:
+    if kvm.fixes.reexecute_lockless:
         count = kvm.host.current.load(COUNT_LOAD, kvm.indirect_shadow_pages)
     else:
         kvm.mmu_lock.acquire()
         count = kvm.host.current.load(COUNT_LOAD, kvm.indirect_shadow_pages)
         kvm.mmu_lock.release()
     kvm.mark("reexecute.count_nonzero" if count else "reexecute.count_zero")
+    vcpu.reexecuting_gfn = gfn if count == 0 else -1
     return count != 0
 
 

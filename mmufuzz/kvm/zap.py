@@ -11,10 +11,9 @@ from mmufuzz.kvm.rmap import (
     drop_spte,
     is_leaf,
     mmu_spte_clear_no_track,
-    present_indices,
     read_spte,
 )
-from mmufuzz.kvm.role import role_text
+from mmufuzz.kvm.role import ROLE_GUEST_MODE, role_text
 from mmufuzz.kvm.spte import is_shadow_present, spte_pfn
 from mmufuzz.kvm.structs import Kvm, ShadowPage
 from mmufuzz.kvm.write_track import is_obsolete_sp, sp_has_gptes, unaccount_shadowed
@@ -24,14 +23,21 @@ KVM_REFILL_PAGES: Final = 25
 ENOSPC: Final = -28
 
 
-def mmu_page_zap_pte(kvm: Kvm, address: int) -> bool:
-    """mmu.c:mmu_page_zap_pte: clear one SPTE of any kind, without a flush; True if it was present."""
+def mmu_page_zap_pte(kvm: Kvm, address: int, invalid_list: list[ShadowPage] | None) -> bool:
+    """mmu.c:mmu_page_zap_pte: clear one SPTE of any kind, without a flush; True if it was present.
+
+    With ``invalid_list`` a page of a nested page table that this leaves without a parent is zapped as well.
+    """
     spte = read_spte(kvm, address)
     if is_shadow_present(spte):
         if is_leaf(kvm, address, spte):
             drop_spte(kvm, address)
-        else:
-            drop_parent_pte(kvm, kvm.by_pfn[spte_pfn(spte)], address)
+            return True
+        child = kvm.by_pfn[spte_pfn(spte)]
+        drop_parent_pte(kvm, child, address)
+        orphan = not child.root_count and not child.parent_ptes
+        if invalid_list is not None and child.role & ROLE_GUEST_MODE and orphan:
+            kvm_mmu_prepare_zap_page(kvm, child, invalid_list)
         return True
     if spte:
         mmu_spte_clear_no_track(kvm, address)
@@ -41,8 +47,8 @@ def mmu_page_zap_pte(kvm: Kvm, address: int) -> bool:
 def kvm_mmu_prepare_zap_page(kvm: Kvm, sp: ShadowPage, invalid_list: list[ShadowPage]) -> None:
     """mmu.c:__kvm_mmu_prepare_zap_page. Under mmu_lock; ``kvm_mmu_commit_zap_page`` must follow before unlock."""
     thread = kvm.host.current
-    for index in present_indices(sp, kvm):
-        mmu_page_zap_pte(kvm, sp.spte_address(index))
+    for index in sorted(sp.used):
+        mmu_page_zap_pte(kvm, sp.spte_address(index), invalid_list)
     for parent in sp.parent_ptes[:]:
         drop_parent_pte(kvm, sp, parent)
     if not sp.invalid and sp_has_gptes(sp):
@@ -74,7 +80,6 @@ def kvm_mmu_commit_zap_page(kvm: Kvm, invalid_list: list[ShadowPage]) -> None:
     for sp in invalid_list:
         kvm.warn_on(sp.root_count != 0, "kvm_mmu_commit_zap_page", "freed a shadow page that is a root")
         kvm.mmu_page_hash[sp.gfn].remove(sp)
-        sp.hashed = False
         del kvm.by_pfn[sp.pfn]
         kvm.memory.free_frame(sp.pfn)
     invalid_list.clear()
@@ -91,7 +96,7 @@ def kvm_mmu_remote_flush_or_zap(kvm: Kvm, invalid_list: list[ShadowPage], flush:
 def make_mmu_pages_available(kvm: Kvm) -> int:
     """mmu.c:make_mmu_pages_available: reclaim the oldest pages that are no roots; 0 or ENOSPC."""
     limit = kvm.options.n_max_mmu_pages
-    available = limit - kvm.n_used_mmu_pages
+    available = max(limit - kvm.n_used_mmu_pages, 0)
     if available >= KVM_MIN_FREE_MMU_PAGES:
         return 0
     kvm.mark("reclaim")
@@ -100,7 +105,8 @@ def make_mmu_pages_available(kvm: Kvm) -> int:
     for sp in kvm.active_mmu_pages[::-1]:
         if len(invalid_list) >= wanted:
             break
-        if sp.root_count == 0:
+        # A page may be gone already, with the parent it had in a nested page table.
+        if sp.root_count == 0 and sp.active:
             kvm_mmu_prepare_zap_page(kvm, sp, invalid_list)
     kvm_mmu_commit_zap_page(kvm, invalid_list)
     if kvm.n_used_mmu_pages >= limit:
@@ -127,7 +133,7 @@ def kvm_zap_obsolete_pages(kvm: Kvm) -> None:
     for sp in kvm.active_mmu_pages[::-1]:
         if not is_obsolete_sp(kvm, sp):
             break
-        if sp.active:
+        if sp.active:  # not zapped with its parent in a nested page table
             kvm_mmu_prepare_zap_page(kvm, sp, kvm.zapped_obsolete_pages)
     kvm_mmu_commit_zap_page(kvm, kvm.zapped_obsolete_pages)
 
@@ -136,8 +142,9 @@ def zap_gfn(kvm: Kvm, gfn: int, invalid_list: list[ShadowPage]) -> int:
     """Zap every valid gSP at ``gfn``; how many there were (mmu.c:kvm_mmu_unprotect_page and its successors)."""
     count = 0
     for sp in gsps_at(kvm, gfn):
-        kvm_mmu_prepare_zap_page(kvm, sp, invalid_list)
-        count += 1
+        if not sp.invalid:  # not zapped with its parent in a nested page table
+            kvm_mmu_prepare_zap_page(kvm, sp, invalid_list)
+            count += 1
     return count
 
 

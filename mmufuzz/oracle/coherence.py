@@ -119,7 +119,8 @@ class Coherence:
     # What is said about a violation. Slow is fine: it happens once.
 
     def _report_access(self, vcpu: Vcpu, gva: int, pfn: int, access: int, emulated: bool) -> None:
-        what = f"{'emulated' if emulated else 'hardware'} {_access_text(access)} "
+        who = "emulated" if emulated else "hardware"
+        what = f"{who} {_access_text(access)} "
         detail = f"{vcpu.thread.name}: gva {gva:#x} reaches host frame {pfn:#x}"
         if not vcpu.paging.paging:
             self.sink.violated("coherence", what + "to a frame that is not the one at its gpa", detail)
@@ -127,12 +128,12 @@ class Coherence:
         past = self._walks(vcpu, gva, ALWAYS)
         if past.reaches(root, access, pfn):
             hpa = self._forgotten(vcpu, gva, past.path)
-            what += "through a stale translation: " + self._fate(hpa)
+            what = f"{who} access through a stale translation: {self._fate(hpa)}"
             detail += f", which the entry at hpa {hpa:#x} allowed only before the last invalidation"
         elif self._walks(vcpu, gva, ALWAYS).reaches(root, ANY_RIGHTS, pfn):
             what += "without the right: " + self._missing(vcpu, gva, pfn, access)
         elif self._reaches_reserved(vcpu, gva, pfn, access):
-            what += "through an entry with a reserved bit set"
+            what = f"{who} access through an entry with a reserved bit set"
         else:
             what += "to a frame that the tables never named for it"
         self.sink.violated("coherence", what, detail)

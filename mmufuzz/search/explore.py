@@ -2,9 +2,12 @@
 
 Every question the host asks (which thread, which buffer drains, is this store held) is a branching point whose option
 0 is the default schedule's answer. A schedule is the sparse list of points where another option is taken, so
-each schedule runs once. Schedules are run in order of cost: preemptions (a RUN where the current thread could go on)
-plus holds, the iterative context bounding of Musuvathi and Qadeer (PLDI 2007) extended to store buffers; so the first
-finding has the least cost, and, first come first served within a cost, few deviations that cost nothing.
+each schedule runs once. Schedules are run in order of cost, the number of their deviations: the delay bounding of Emmi,
+Qadeer and Rakamaric (POPL 2011), with a held store as one more kind of delay. When a held store is released is
+part of its deviation and costs nothing. So the first finding has the fewest deviations there are.
+
+Bounding deviations and not only preemptions (iterative context bounding, PLDI 2007) matters here: a vCPU yields at
+every fault, so with three threads free choices at yields alone would make thousands of schedules at cost 0.
 
 Pruning is that of a stateful search: a run that reaches a choice in a state met before is cut. It is exact if equal
 ``Host.fingerprint()`` means equal futures, up to collisions of 64-bit fingerprints. As costs only grow from
@@ -23,7 +26,6 @@ from mmufuzz.case.model import Case
 from mmufuzz.host.deviation import Deviation
 from mmufuzz.host.memory import mix
 from mmufuzz.host.sched import SLICE
-from mmufuzz.host.sites import BOOT, THREAD_END, THREAD_WAIT, THREAD_YIELD, label_site
 from mmufuzz.host.strategy import STOP, Strategy
 from mmufuzz.outcome import FINDING, HARNESS_ERROR, OK, Outcome
 from mmufuzz.run import run
@@ -86,10 +88,7 @@ class ExploreStrategy(Strategy):
         others = enabled & ~(1 << current)
         if position <= self.last_forced:
             return self._forced_actor(position, current, others)
-        if not drains and label != BOOT and label_site(label) not in (THREAD_WAIT, THREAD_YIELD, THREAD_END):
-            price = 1
-        else:
-            price = 0
+        price = 0 if drains else 1
         if self.met is not None:
             # Who is current matters only where going on is cheaper than switching.
             key = mix(self.state, enabled) if self.bound < 0 else mix(mix(self.state, enabled), current << 1 | price)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mmufuzz.case.model import FLAT32, LONG4, TSO, Case, HostThread, Options, Slot, Vcpu, Word
 from mmufuzz.host.memory import Memory
@@ -97,8 +98,8 @@ def flat32(*program: bytes, eax: int = 0) -> Vcpu:
 def case(*vcpus: Vcpu, host: Sequence[HostThread] = (), **changes: object) -> Case:
     """A Case with the tables above."""
     options = Options(fep=True, event_limit=6000)
-    fields: dict[str, object] = {"options": options, **changes}
-    return Case(slots=(Slot(0, FRAMES),), memory=tables(), vcpus=vcpus, host=tuple(host), **fields)  # type: ignore[arg-type]
+    plain = Case(options=options, slots=(Slot(0, FRAMES),), memory=tables(), vcpus=vcpus, host=tuple(host))
+    return replace(plain, **changes)  # type: ignore[arg-type]
 
 
 class Machine:
@@ -142,7 +143,7 @@ def word_hpa(gfn: int, index: int) -> int:
     return gfn_to_pfn(gfn) << 12 | index << 3
 
 
-def ran(*program: bytes, **changes: object) -> Machine:
+def ran(*program: bytes) -> Machine:
     """One vCPU that has run ``program``, by default one that touches every kind of page."""
     program = program or (load(DATA_GVA), store(DATA_GVA), load(READONLY_GVA), store(HUGE_GVA), load(MMIO_GVA))
-    return Machine(case(long4(*program), **changes)).run()
+    return Machine(case(long4(*program))).run()

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from oracle_vms import DATA, HUGE, MMIO_GVA, PD, PT, Machine, case, flat32, long4, ran, store
+from oracle_vms import DATA, HUGE, MMIO_GVA, PD, PML4, PT, Machine, case, flat32, long4, ran, store
 
 from mmufuzz.host.memory import Pending
 from mmufuzz.host.sched import RunStop
 from mmufuzz.kvm.requests import REQ_TLB_FLUSH
-from mmufuzz.kvm.role import ACC_USER_MASK, ROLE_CR0_WP, role_access, with_level_access
+from mmufuzz.kvm.role import (
+    ACC_USER_MASK,
+    ROLE_CR0_WP,
+    ROLE_DIRECT,
+    ROLE_PASSTHROUGH,
+    role_access,
+    with_level_access,
+)
 from mmufuzz.kvm.spte import SPTE_HOST_WRITABLE, SPTE_MMU_WRITABLE, SPTE_NX, SPTE_W
 from mmufuzz.kvm.structs import ShadowPage
 from mmufuzz.kvm.write_track import write_track_address
@@ -140,6 +147,37 @@ def wrong_frame(m: Machine) -> None:
     m.poke(leaf_of_data(m), m.peek(leaf_of_data(m)) + (1 << 12))
 
 
+def leaf_without_gfn(m: Machine) -> None:
+    m.page(PT).shadowed_gfn.clear()
+
+
+def direct_child_of_another_range(m: Machine) -> None:
+    m.page(PD).role |= ROLE_DIRECT
+    m.page(PT).role |= ROLE_DIRECT
+
+
+def direct_page_above_tables(m: Machine) -> None:
+    m.page(PD).role |= ROLE_DIRECT
+
+
+def pass_through_to_another_table(m: Machine) -> None:
+    m.page(PML4).role |= ROLE_PASSTHROUGH
+
+
+def link_invalid_child(m: Machine) -> None:
+    m.page(PT).invalid = True
+
+
+def missing_from_huge_count(m: Machine) -> None:
+    m.kvm.slots[0].disallow_lpage[1][0] = 1
+
+
+def freed_root(m: Machine) -> None:
+    other = m.page(PML4)
+    gone = ShadowPage(other.pfn + 50, other.gfn, other.role, other.mmu_valid_gen)
+    m.kvm.vcpus[0].mmu.pae_roots.append(gone)
+
+
 def garbage(m: Machine) -> None:
     m.poke(m.page(PT).spte_address(MMIO_GVA >> 12 & 511), 0x20)
 
@@ -170,6 +208,13 @@ CORRUPTIONS: list[tuple[str, Callable[[Machine], None]]] = [
     ("I23", host_writable_lost),
     ("I23", writable_without_mmu_writable),
     ("I24", wrong_frame),
+    ("I16", leaf_without_gfn),
+    ("I18", direct_page_above_tables),
+    ("I18", pass_through_to_another_table),
+    ("I18", link_invalid_child),
+    ("I19", direct_child_of_another_range),
+    ("I4", missing_from_huge_count),
+    ("I6", freed_root),
 ]
 
 

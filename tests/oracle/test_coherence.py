@@ -32,6 +32,7 @@ from oracle_vms import (
 
 from mmufuzz.host.memory import Pending
 from mmufuzz.host.sched import RunStop
+from mmufuzz.host.sites import GUEST_STORE
 from mmufuzz.kvm.memslots import gfn_to_pfn
 from mmufuzz.oracle.walks import ANY_RIGHTS, Walks
 from mmufuzz.x86.paging import (
@@ -96,12 +97,14 @@ def test_what_no_table_ever_allowed_is_refused(gva: int, gfn: int, kind: int, wh
 
 
 def test_smap_forbids_supervisor_data_accesses_to_user_pages() -> None:
-    assert refused(machine(("wp", "smap")), HUGE_GVA, HUGE) == "hardware supervisor read without the right: SMAP or SMEP"
+    why = refused(machine(("wp", "smap")), HUGE_GVA, HUGE)
+    assert why == "hardware supervisor read without the right: SMAP or SMEP"
 
 
 def test_a_reserved_bit_forbids_every_access() -> None:
     """DATA_GVA has NX set, which is reserved while EFER.NX is clear."""
-    assert refused(machine(("wp",)), DATA_GVA, DATA) == "hardware supervisor read through an entry with a reserved bit set"
+    why = refused(machine(("wp",)), DATA_GVA, DATA)
+    assert why == "hardware access through an entry with a reserved bit set"
 
 
 def test_an_old_value_is_allowed_until_the_vcpu_invalidates_it() -> None:
@@ -111,7 +114,7 @@ def test_an_old_value_is_allowed_until_the_vcpu_invalidates_it() -> None:
     assert refused(m, DATA_GVA, OTHER_DATA) == ""
     m.oracles.observer.guest_invalidated(0, EVERYTHING)
     assert refused(m, DATA_GVA, OTHER_DATA) == ""
-    assert refused(m, DATA_GVA, DATA) == "hardware supervisor read through a stale translation: nobody wrote the entry"
+    assert refused(m, DATA_GVA, DATA) == "hardware access through a stale translation: nobody wrote the entry"
 
 
 def test_invlpg_concerns_its_page_alone() -> None:
@@ -119,7 +122,7 @@ def test_invlpg_concerns_its_page_alone() -> None:
     m.kvm.memory.write(PDE, 8, entry(OTHER_PT, TABLE))
     m.oracles.observer.guest_invalidated(0, DATA_GVA)
     assert refused(m, READONLY_GVA, READONLY) == ""
-    assert refused(m, DATA_GVA, DATA).startswith("hardware supervisor read through a stale translation")
+    assert refused(m, DATA_GVA, DATA).startswith("hardware access through a stale translation")
 
 
 def test_values_of_different_moments_may_mix_across_levels() -> None:
@@ -223,24 +226,24 @@ class Snapshot(PageTableReader):
         return self.words.get(hpa, self.m.peek(hpa))
 
 
-RIGHTS = st.sampled_from([0, PTE_P, PTE_P | PTE_W, PTE_P | PTE_U, PTE_P | PTE_W | PTE_U | PTE_NX, PTE_P | PTE_W | PTE_U, PTE_P | PTE_A])
+RIGHTS = st.sampled_from([0, PTE_P, PTE_P | PTE_W, PTE_P | PTE_U, PTE_P | PTE_W | PTE_U | PTE_NX, TABLE, PTE_P | PTE_A])
 VALUES = {
     PDE: st.builds(entry, st.sampled_from([PT, OTHER_PT, 2000]), RIGHTS),
     PTE_OF_DATA: st.builds(entry, st.sampled_from([DATA, OTHER_DATA, PT]), RIGHTS),
     word_hpa(OTHER_PT, DATA_GVA >> 12 & 511): st.builds(entry, st.sampled_from([DATA, READONLY]), RIGHTS),
 }
-STEP = st.one_of(
-    [st.tuples(st.just(hpa), values) for hpa, values in VALUES.items()] + [st.tuples(st.sampled_from([0, 1, 2]), st.just(0))]
-)
+INVALIDATE = st.tuples(st.sampled_from([0, 1, 2]), st.just(0))
+STEP = st.one_of([INVALIDATE] + [st.tuples(st.just(hpa), values) for hpa, values in VALUES.items()])
+KIND = st.sampled_from([0, ACCESS_WRITE, ACCESS_USER, ACCESS_USER | ACCESS_WRITE, ACCESS_FETCH])
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(st.lists(STEP, max_size=8), st.sampled_from([0, ACCESS_WRITE, ACCESS_USER, ACCESS_USER | ACCESS_WRITE, ACCESS_FETCH]))
+@given(st.lists(STEP, max_size=8), KIND)
 def test_the_search_finds_exactly_the_walks_of_all_choices_of_values(steps: list[tuple[int, int]], kind: int) -> None:
     m = machine()
     held = {hpa: [m.peek(hpa)] for hpa in VALUES}
     for hpa, value in steps:
-        if hpa == 0 or hpa == 1:
+        if hpa in (0, 1):
             m.oracles.observer.guest_invalidated(0, EVERYTHING if hpa == 0 else DATA_GVA)
             held = {address: [values[-1]] for address, values in held.items()}
         elif hpa == 2:
@@ -264,11 +267,10 @@ def test_the_search_finds_exactly_the_walks_of_all_choices_of_values(steps: list
         history = m.oracles.history
         return Walks(m.kvm, history, vcpu.paging, DATA_GVA, history.invalidations[0].since(DATA_GVA), None)
 
-    frames = [DATA, OTHER_DATA, READONLY, PT]
-    assert [gfn for gfn in frames if ask().reaches(root, kind, gfn_to_pfn(gfn))] == [g for g in frames if g in reached]
-    assert [gfn for gfn in frames if ask().reaches(root, ANY_RIGHTS, gfn_to_pfn(gfn))] == [g for g in frames if g in mapped]
-    possible = range(32)
-    assert [code for code in possible if ask().faults(root, kind, code)] == sorted(codes)
+    for gfn in (DATA, OTHER_DATA, READONLY, PT):
+        assert ask().reaches(root, kind, gfn_to_pfn(gfn)) == (gfn in reached)
+        assert ask().reaches(root, ANY_RIGHTS, gfn_to_pfn(gfn)) == (gfn in mapped)
+    assert [code for code in range(32) if ask().faults(root, kind, code)] == sorted(codes)
 
 
 def test_the_search_stays_small_when_a_table_maps_itself_in_many_ways() -> None:
@@ -317,3 +319,25 @@ def test_a_whole_run_of_loads_and_stores_is_coherent() -> None:
     m = Machine(case(long4(load(DATA_GVA), load(HUGE_GVA), load(0x23000)))).run()
     assert m.found == []
     assert [fault[:2] for fault in m.kvm.vcpus[0].exceptions] == [(14, 0)]
+
+
+def test_a_store_by_hardware_into_a_table_is_told_apart_from_an_emulated_one() -> None:
+    m = machine()
+    m.host.threads[0].store(GUEST_STORE, PTE_OF_DATA, entry(OTHER_DATA, LEAF))
+    m.oracles.observer.guest_invalidated(0, EVERYTHING)
+    why = refused(m, DATA_GVA, DATA)
+    assert why == "hardware access through a stale translation: a store by hardware, which KVM cannot see"
+
+
+def test_every_access_of_a_nested_guest_is_a_user_access() -> None:
+    m = machine()
+    m.kvm.vcpus[0].guest_mode = True
+    assert refused(m, DATA_GVA, DATA) == ""
+    assert refused(m, 0x22000, DATA) == "hardware user read without the right: U"
+
+
+def test_the_tables_of_a_guest_may_lie_outside_its_memory() -> None:
+    m = machine()
+    m.kvm.memory.write(PDE, 8, entry(5000, TABLE))
+    m.oracles.observer.guest_invalidated(0, EVERYTHING)
+    assert fault(m, DATA_GVA, 0) == ""

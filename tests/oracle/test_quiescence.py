@@ -15,6 +15,7 @@ from oracle_vms import (
     PD,
     PT,
     READONLY_GVA,
+    RELOAD_CR3,
     TABLE,
     Machine,
     case,
@@ -27,7 +28,7 @@ from oracle_vms import (
     word_hpa,
 )
 
-from mmufuzz.case.model import SC, Case, Slot, Word
+from mmufuzz.case.model import SC, TSO, Case, Slot, Word
 from mmufuzz.host.deviation import HOLD, RUN, Deviation
 from mmufuzz.host.sched import ENDED
 from mmufuzz.host.sites import COUNT_LOAD, EMUL_STORE, THREAD_YIELD, label
@@ -117,9 +118,10 @@ def test_obsolete_pages_are_nobodys_hazard() -> None:
 
 def test_accessed_and_dirty_stay_clear_in_a_table_in_a_read_only_slot() -> None:
     what = case(long4(store(DATA_GVA), store(HUGE_GVA)))
-    words = tuple(word if word.gfn not in (PD, PT) else Word(word.gfn, word.index, word.value & ~(PTE_A | PTE_D)) for word in what.memory)
-    readonly = Case(options=what.options, slots=(Slot(0, PD), Slot(PD, 2, True), Slot(OTHER_PT, 1016)), memory=words, vcpus=what.vcpus)
-    m = Machine(readonly).run()
+    clear = PTE_A | PTE_D
+    words = [Word(w.gfn, w.index, w.value & ~clear if w.gfn in (PD, PT) else w.value) for w in what.memory]
+    slots = (Slot(0, PD), Slot(PD, 2, True), Slot(OTHER_PT, 1016))
+    m = Machine(Case(options=what.options, slots=slots, memory=tuple(words), vcpus=what.vcpus)).run()
     assert m.found == []
     assert m.peek(m.page(PT).spte_address(DATA_GVA >> 12 & 511)) & (SPTE_W | SPTE_MMU_WRITABLE)
 
@@ -127,16 +129,17 @@ def test_accessed_and_dirty_stay_clear_in_a_table_in_a_read_only_slot() -> None:
 # The race of the seed: an emulated store, and the first shadow page of the VM.
 
 
-def seed_race(revert: tuple[str, ...], held: bool = True, memory_model: str = "tso") -> Case:
+def seed_race(revert: tuple[str, ...], held: bool = True, memory_model: str = TSO, reader: bytes = b"\x90") -> Case:
     """vCPU0 stores to an entry of the table that vCPU1 is about to have shadowed as the first of the VM."""
     schedule = [
         Deviation(RUN, label(0, 0, THREAD_YIELD, 1), 0),
         Deviation(RUN, label(0, 0, COUNT_LOAD, 1), 1),
     ]
     if held:
-        schedule.append(Deviation(HOLD, label(0, 0, EMUL_STORE, 1), 0))
+        # Until vCPU1 has installed its first SPTEs.
+        schedule.append(Deviation(HOLD, label(0, 0, EMUL_STORE, 1), 0, label(1, 0, THREAD_YIELD, 1)))
     writer = flat32(forced_store32(4 << 12), eax=entry(OTHER_PT, TABLE))
-    return case(writer, long4(b"\x90"), revert=revert, schedule=tuple(schedule), memory_model=memory_model)
+    return case(writer, long4(reader), revert=revert, schedule=tuple(schedule), memory_model=memory_model)
 
 
 @pytest.mark.parametrize("revert", ["track-write-barrier", "track-write-barrier.emulator"])
@@ -144,6 +147,23 @@ def test_without_the_emulators_barrier_the_emulated_store_is_missed(revert: str)
     outcome = run(seed_race((revert,)))
     assert [(finding.kind, finding.fingerprint) for finding in outcome.findings] == [
         ("coherence", "stale SPTE after quiescence: the gPTE names another table")
+    ]
+
+
+def test_a_guest_that_flushes_can_see_that_the_store_was_missed() -> None:
+    outcome = run(seed_race(("track-write-barrier",), reader=RELOAD_CR3 + b"\x90"))
+    assert [(finding.kind, finding.fingerprint) for finding in outcome.findings] == [
+        ("coherence", "hardware access through a stale translation: the emulated store was not tracked")
+    ]
+
+
+def test_a_flush_between_an_emulated_store_and_its_tracking_is_told_apart_from_a_missed_store() -> None:
+    """Between emulator_write_phys's store and kvm_mmu_track_write the gPTE is new and the SPTE old."""
+    writer = flat32(b"\x90", forced_store32(4 << 12), eax=entry(OTHER_PT, TABLE))
+    schedule = (Deviation(RUN, label(0, 1, EMUL_STORE, 1), 1),)
+    outcome = run(case(writer, long4(b"\x90", RELOAD_CR3, b"\x90"), schedule=schedule))
+    assert [(finding.kind, finding.fingerprint) for finding in outcome.findings] == [
+        ("coherence", "hardware access through a stale translation: the emulated store is not tracked yet")
     ]
 
 

@@ -1,0 +1,93 @@
+"""Cases kept because they reach something no other one does, in memory and on disk (bytes form, named by contents)."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from mmufuzz.campaign.files import InputError, writable_directory, write_atomic
+from mmufuzz.campaign.kernel import kernel_of
+from mmufuzz.case import bytes as case_bytes
+from mmufuzz.case import toml
+from mmufuzz.case.error import CaseError
+from mmufuzz.case.model import Case
+
+SUFFIX = ".case"
+"""Of files in the bytes form."""
+
+OWN = "cases"
+"""Where in a corpus directory the Cases are that this package kept; each Atheris harness has a directory beside it."""
+
+LOAD_LIMIT = 4000
+"""Files read from one directory: a corpus is a starting point, not an archive."""
+
+
+class Corpus:
+    """The Cases a campaign starts from and grows, and the features each was first to reach.
+
+    ``directory`` None keeps everything in memory.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self.directory = writable_directory(directory) if directory is not None else None
+        self.cases: list[Case] = []
+        self.features: dict[str, bool] = {}
+        self.added: list[Path] = []
+
+    def novel(self, features: list[str]) -> list[str]:
+        """Those of ``features`` that were not seen before; they count as seen from here."""
+        fresh = [name for name in features if name not in self.features]
+        for name in fresh:
+            self.features[name] = True
+        return fresh
+
+    def keep(self, case: Case) -> None:
+        """Add ``case``, on disk too."""
+        self.cases.append(case)
+        if self.directory is not None:
+            data = case_bytes.encode(case)
+            path = self.directory / f"{hashlib.sha256(data).hexdigest()[:16]}{SUFFIX}"
+            if not path.exists():
+                write_atomic(path, data)
+                self.added.append(path)
+
+
+def load_file(path: Path) -> Case:
+    """The Case in ``path``, in either form, on a kernel that exists. Raises ``CaseError``."""
+    case = toml.load(path)
+    try:
+        kernel_of(case).check()
+    except CaseError as error:
+        raise CaseError(f"{path}: {error.place}", error.expected) from error
+    return case
+
+
+def files(path: Path) -> list[Path]:
+    """Files of Cases at ``path``: itself, or those below it, in order. Raises ``InputError`` if there is nothing."""
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.suffix in (".toml", SUFFIX) and file.is_file())
+        if not found:
+            raise InputError(str(path), f"expected .toml or {SUFFIX} files in this directory")
+        return found
+    if not path.exists():
+        raise InputError(str(path), "expected an existing file or directory")
+    return [path]
+
+
+def load_directory(directory: Path, any_name: bool = False) -> list[Case]:
+    """Cases that ``directory`` holds, at most ``LOAD_LIMIT``; those in bytes form are decoded totally.
+
+    ``any_name``: every file is in bytes form, whatever its name (libFuzzer's have no suffix). A malformed TOML file
+    raises ``CaseError``.
+    """
+    cases: list[Case] = []
+    if not directory.is_dir():
+        return cases
+    for path in sorted(directory.rglob("*"))[:LOAD_LIMIT]:
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        if path.suffix == ".toml" and not any_name:
+            cases.append(load_file(path))
+        elif path.suffix == SUFFIX or any_name:
+            cases.append(case_bytes.decode(path.read_bytes()))
+    return cases

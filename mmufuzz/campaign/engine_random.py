@@ -1,0 +1,95 @@
+"""The in-process loop: generate or mutate a Case, run it under the schedules of a portfolio, keep what is novel.
+
+The seed, and the corpus it starts from, decide everything this engine does, case by case; time only decides where it
+ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from mmufuzz.campaign.budget import Budget
+from mmufuzz.campaign.recorder import Recorder
+from mmufuzz.case.generate import generate
+from mmufuzz.case.model import Case
+from mmufuzz.case.mutate import mutate, splice
+from mmufuzz.case.rng import Rng
+from mmufuzz.host.deviation import EVICT, FILL
+from mmufuzz.outcome import OK
+from mmufuzz.search.strategies import portfolio
+
+SCHEDULES: Final = 12
+"""Schedules per Case; as many again whenever one of them reached something novel, up to ``MOST_SCHEDULES``."""
+
+MOST_SCHEDULES: Final = 72
+
+STARTING_POINTS: Final = 200
+"""Cases of the corpus that are run first."""
+
+
+class RandomEngine:
+    """One loop over ``recorder``'s corpus."""
+
+    def __init__(self, recorder: Recorder, seed: int, budget: Budget, tick: Callable[[], None]) -> None:
+        self.recorder = recorder
+        self.rng = Rng(seed)
+        self.budget = budget
+        self.tick = tick
+        self.cases = 0
+
+    def run(self) -> None:
+        """Go on until the budget is spent or the campaign is stopped."""
+        for case in self._starting_points():
+            if self._over():
+                return
+            self._try(self.recorder.kernel.dress(case), 1)
+        while not self._over():
+            self._try(self._next(), SCHEDULES)
+
+    def _starting_points(self) -> list[Case]:
+        """What the corpus holds, or a sample of it: the features of a big one would take all the time there is."""
+        pool = self.recorder.corpus.cases[:]
+        rng = self.rng.fork()
+        while len(pool) > STARTING_POINTS:
+            pool.pop(rng.below(len(pool)))
+        return pool
+
+    def _over(self) -> bool:
+        self.tick()
+        return self.recorder.stop.requested or self.budget.spent(self.cases)
+
+    def _next(self) -> Case:
+        """The Case to try: a fresh one, or a change to one that was worth keeping."""
+        rng = self.rng.fork()
+        pool = self.recorder.corpus.cases
+        if not pool or rng.chance(1, 2):
+            case = generate(rng)
+        elif len(pool) > 1 and rng.chance(1, 4):
+            case = splice(rng, pool[rng.below(len(pool))], pool[rng.below(len(pool))])
+        else:
+            case = mutate(rng, pool[rng.below(len(pool))])
+        return self.recorder.kernel.dress(case)
+
+    def _try(self, case: Case, schedules: int) -> None:
+        """Run ``case`` as it is, then under strategies' schedules, more of them while they show something novel."""
+        recorder = self.recorder
+        recorder.case()
+        self.cases += 1
+        length = recorder.check(case).events
+        bare = replace(case, schedule=tuple(item for item in case.schedule if item.kind in (EVICT, FILL)))
+        left = schedules
+        spent = 0
+        while left > 0 and spent < MOST_SCHEDULES and not self._over_time():
+            known = len(recorder.corpus.features)
+            outcome = recorder.check(bare, portfolio(self.rng.next64(), length))
+            left -= 1
+            spent += 1
+            if outcome.verdict != OK:
+                return
+            if len(recorder.corpus.features) > known:
+                left = schedules
+
+    def _over_time(self) -> bool:
+        return self.recorder.stop.requested or self.budget.left <= 0

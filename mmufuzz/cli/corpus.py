@@ -1,0 +1,99 @@
+"""``mmufuzz corpus``: what a corpus holds, and whether it is in order."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mmufuzz.campaign.corpus import SUFFIX, files, load_file
+from mmufuzz.campaign.files import InputError, checkout
+from mmufuzz.campaign.findings import size
+from mmufuzz.case import bytes as case_bytes
+from mmufuzz.case import toml
+from mmufuzz.case.error import CaseError
+from mmufuzz.case.model import Case
+from mmufuzz.cli.arguments import add_json
+from mmufuzz.cli.output import Output
+from mmufuzz.cli.replay import replay
+from mmufuzz.cli.status import Status
+
+
+def add_parser(verbs: Any) -> None:
+    """The verb's arguments."""
+    parser = verbs.add_parser("corpus", help="describe or check a corpus")
+    parser.add_argument("what", choices=("stats", "verify"))
+    parser.add_argument("paths", metavar="PATH", nargs="*", help="default: the checkout's corpus/")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, output: Output) -> Status:
+    """JSON: ``stats`` an object of sums; ``verify`` a list like ``replay``'s."""
+    paths = [Path(name) for name in arguments.paths]
+    if not paths:
+        root = checkout()
+        if root is None:
+            raise InputError("corpus", "expected a PATH (the default corpus is in the source checkout; run from there)")
+        paths = [root / "corpus"]
+    found = [file for path in paths for file in files(path)]
+    if arguments.what == "stats":
+        return _stats(found, output)
+    return _verify(found, output)
+
+
+def _stats(found: list[Path], output: Output) -> Status:
+    sums = {"files": len(found), "toml": 0, "bytes": 0, "expect_ok": 0, "expect_finding": 0}
+    kinds: dict[str, int] = {}
+    kernels: dict[str, int] = {}
+    totals = [0, 0, 0]
+    for path in found:
+        case = load_file(path)
+        sums["toml" if path.suffix == ".toml" else "bytes"] += 1
+        sums["expect_finding" if case.expect.verdict == "finding" else "expect_ok"] += 1
+        if case.expect.kind:
+            kinds[case.expect.kind] = kinds.get(case.expect.kind, 0) + 1
+        kernels[case.kernel] = kernels.get(case.kernel, 0) + 1
+        for position, number in enumerate(size(case)):
+            totals[position] += number
+    fields: dict[str, Any] = {**sums, "kinds": kinds, "kernels": kernels}
+    fields.update(zip(("instructions", "edits", "deviations"), totals, strict=True))
+    for name, value in fields.items():
+        shown = (
+            ", ".join(f"{key} {number}" for key, number in sorted(value.items())) if isinstance(value, dict) else value
+        )
+        output.line(f"{name:<15} {shown}")
+    output.json(fields)
+    return Status.CLEAN
+
+
+def _verify(found: list[Path], output: Output) -> Status:
+    """Every file reads, means the same in both forms, and shows what it expects."""
+    rows: list[dict[str, Any]] = []
+    for path in found:
+        try:
+            case = load_file(path)
+        except (CaseError, InputError) as error:
+            rows.append({"case": str(path), "ok": False, "verdict": "malformed", "digest": "", "unmet": [str(error)]})
+        else:
+            row, _ = replay(path, case, 1)
+            row["unmet"].extend(_forms(case, path))
+            row["ok"] = not row["unmet"]
+            rows.append(row)
+        for complaint in rows[-1]["unmet"]:
+            output.line(f"FAIL {path}: {complaint}")
+    failed = sum(1 for row in rows if not row["ok"])
+    output.line(f"{len(rows)} verified, {failed} not in order")
+    output.json(rows)
+    return Status.FOUND if failed else Status.CLEAN
+
+
+def _forms(case: Case, path: Path) -> list[str]:
+    complaints = []
+    if case_bytes.encode(case_bytes.decode(case_bytes.encode(case))) != case_bytes.encode(case):
+        complaints.append("its bytes form does not say the same")
+    if toml.loads(toml.dumps(case), str(path)) != case:
+        complaints.append("its TOML form does not say the same")
+    if path.suffix not in (".toml", SUFFIX):
+        complaints.append(f"expected a name that ends in .toml or {SUFFIX}")
+    return complaints

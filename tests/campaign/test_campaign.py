@@ -1,0 +1,224 @@
+"""The campaign's own parts: budgets, the store of findings, the corpus, features, expectations."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmufuzz.campaign.budget import Budget, Stop, parse_duration
+from mmufuzz.campaign.corpus import Corpus, files, load_directory
+from mmufuzz.campaign.expect import unmet
+from mmufuzz.campaign.features import pairs
+from mmufuzz.campaign.files import InputError, write_atomic
+from mmufuzz.campaign.findings import FindingStore, Record, slug
+from mmufuzz.campaign.kernel import Kernel
+from mmufuzz.campaign.plan import Plan, missing, shares
+from mmufuzz.campaign.tally import Tally
+from mmufuzz.case import bytes as case_bytes
+from mmufuzz.case import toml
+from mmufuzz.case.error import CaseError
+from mmufuzz.case.generate import generate
+from mmufuzz.case.model import FINDING, Case, Expect
+from mmufuzz.case.rng import Rng
+from mmufuzz.host.sites import COUNT_LOAD, COUNT_STORE, GPTE_LOAD, N_SITES, label
+from mmufuzz.outcome import Finding, Outcome
+
+CASE = generate(Rng(7))
+RACE = Finding("coherence", "coherence|fetch|L1", "a stale translation", 0)
+
+
+@pytest.mark.parametrize("text, seconds", [("60s", 60), ("2m", 120), ("1.5h", 5400), ("30", 30)])
+def test_durations_have_units(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "1d", "-1s", "0", "0s", "1e3", "inf", "nan", "1.2.3s"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_duration(text)
+
+
+def test_a_budget_is_spent_by_cases_or_by_time() -> None:
+    assert not Budget(None, 3).spent(2)
+    assert Budget(None, 3).spent(3)
+    assert Budget(1e-9).spent(0)
+    assert not Budget().spent(10**9)
+
+
+def test_the_first_signal_asks_and_the_second_interrupts() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_failed_write_leaves_neither_the_file_nor_a_half_of_it(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(InputError, match="taken"):
+        write_atomic(tmp_path / "taken", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_file_names_of_two_fingerprints_differ_and_are_plain(one: str, two: str) -> None:
+    assert (slug(one) == slug(two)) == (one == two)
+    assert "/" not in slug(one) and not slug(one).startswith(".") and len(slug(one)) < 80
+
+
+def store_with(directory: Path, corpus: Path | None = None) -> tuple[FindingStore, Record]:
+    """A store that has just met ``RACE``."""
+    store = FindingStore(directory, corpus)
+    return store, store.add(CASE, CASE, RACE, {"engine": "random", "cases": 5, "seconds": 1.5, "confirmed": True})
+
+
+def test_a_finding_is_saved_with_its_expectation_and_its_first_seen(tmp_path: Path) -> None:
+    _, record = store_with(tmp_path)
+    saved = toml.load(record.case)
+    assert saved.expect == Expect(FINDING, RACE.kind, RACE.fingerprint)
+    assert replace(saved, expect=CASE.expect, comment=CASE.comment) == CASE
+    sidecar = json.loads(Path(record.case).with_suffix(".json").read_text())
+    assert sidecar["first_seen"]["cases"] == 5 and sidecar["fingerprint"] == RACE.fingerprint
+
+
+def test_only_what_the_corpus_knows_is_not_new(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    for name in ("known", "regressions"):
+        (corpus / name).mkdir(parents=True)
+    assert store_with(tmp_path / "one", corpus)[1].new
+    regression = corpus / "regressions" / "race.toml"
+    regression.write_text(toml.dumps(replace(CASE, expect=Expect(FINDING, RACE.kind, RACE.fingerprint))))
+    record = store_with(tmp_path / "two", corpus)[1]
+    assert record.new and record.seen_in == str(regression)
+    regression.rename(corpus / "known" / "race.toml")
+    assert not store_with(tmp_path / "three", corpus)[1].new
+
+
+def test_a_finding_of_an_earlier_run_stays_new(tmp_path: Path) -> None:
+    first = store_with(tmp_path)[1]
+    second = store_with(tmp_path)[1]
+    assert second.new and second.seen_in == first.case
+
+
+def test_the_smaller_reproducer_stays(tmp_path: Path) -> None:
+    _, first = store_with(tmp_path)
+    bigger = replace(CASE, vcpus=(replace(CASE.vcpus[0], program=(*CASE.vcpus[0].program, b"\x90")), *CASE.vcpus[1:]))
+    again = FindingStore(tmp_path, None).add(bigger, bigger, RACE, {})
+    assert (again.instructions, again.case) == (first.instructions, first.case)
+
+
+def test_a_damaged_file_among_earlier_findings_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "damaged.toml").write_text("format = ")
+    assert store_with(tmp_path)[1].new
+
+
+def test_a_damaged_file_in_the_corpus_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "corpus" / "known").mkdir(parents=True)
+    (tmp_path / "corpus" / "known" / "damaged.toml").write_text("format = ")
+    with pytest.raises(CaseError, match=r"damaged\.toml"):
+        FindingStore(tmp_path / "findings", tmp_path / "corpus")
+
+
+def test_a_kept_case_comes_back_from_disk(tmp_path: Path) -> None:
+    Corpus(tmp_path / "corpus").keep(CASE)
+    (loaded,) = load_directory(tmp_path / "corpus")
+    assert case_bytes.encode(loaded) == case_bytes.encode(CASE)
+
+
+def test_a_feature_is_novel_once(tmp_path: Path) -> None:
+    corpus = Corpus(None)
+    assert corpus.novel(["a", "b"]) == ["a", "b"]
+    assert corpus.novel(["b", "c"]) == ["c"]
+
+
+def test_files_of_a_directory_come_in_order(tmp_path: Path) -> None:
+    for name in ("b.toml", "a.case", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in files(tmp_path)] == ["a.case", "b.toml"]
+
+
+def test_an_interleaving_pair_is_two_threads_at_a_word_that_one_of_them_writes() -> None:
+    word = 0x5000
+    store = (label(0, 0, COUNT_STORE, 1), word, 1)
+    load = (label(1, 0, COUNT_LOAD, 1), word, 1)
+    assert pairs([store, load]) == [COUNT_STORE * N_SITES + COUNT_LOAD]
+    assert pairs([load, (label(0, 0, GPTE_LOAD, 1), word, 1)]) == []
+    assert pairs([store, (label(0, 1, COUNT_LOAD, 1), word, 1)]) == []
+    assert pairs([store, (label(1, 0, COUNT_LOAD, 1), word + 8, 1)]) == []
+
+
+def outcome_with(verdict: str, *findings: Finding) -> Outcome:
+    """An outcome that passed the mark "here"."""
+    outcome = Outcome()
+    outcome.verdict = verdict
+    outcome.findings = list(findings)
+    outcome.marks = {"here": 1}
+    return outcome
+
+
+EXPECTATIONS = {
+    "verdict": (Expect(), outcome_with(FINDING, RACE), "verdict"),
+    "kind": (Expect(FINDING, "livelock"), outcome_with(FINDING, RACE), "livelock"),
+    "fingerprint": (Expect(FINDING, "coherence", "another"), outcome_with(FINDING, RACE), "another"),
+    "reach": (Expect(reach=("here", "there")), outcome_with("ok"), "there"),
+}
+
+
+@pytest.mark.parametrize("expect, outcome, word", EXPECTATIONS.values(), ids=EXPECTATIONS.keys())
+def test_an_expectation_that_is_not_met_says_what_was_expected(expect: Expect, outcome: Outcome, word: str) -> None:
+    (complaint,) = unmet(Case(expect=expect), outcome)
+    assert word in complaint
+
+
+def test_an_expectation_that_is_met_says_nothing() -> None:
+    assert unmet(Case(expect=Expect(reach=("here",))), outcome_with("ok")) == []
+    assert unmet(Case(expect=Expect(FINDING, RACE.kind, RACE.fingerprint)), outcome_with(FINDING, RACE)) == []
+
+
+def test_a_kernel_on_the_command_line_replaces_the_case_s_changes() -> None:
+    case = Case(kernel="v6.9", revert=("retry-guard",))
+    assert Kernel("v6.12").override(case) == Case(kernel="v6.12")
+    assert Kernel("").override(case) == case
+
+
+def test_applying_what_the_case_reverts_takes_the_revert_s_place_and_the_other_way_round() -> None:
+    case = Case(revert=("retry-guard", "dummy-root"))
+    applied = Kernel("", (), ("retry-guard",)).override(case)
+    assert (applied.revert, applied.apply) == (("dummy-root",), ("retry-guard",))
+    assert Kernel("", ("retry-guard",)).override(applied).apply == ()
+
+
+def test_sums_of_processes_add_up() -> None:
+    one, two = Tally(), Tally()
+    for tally in (one, two):
+        tally.engine("random").cases += 2
+        tally.engine("random").schedules += 7
+        tally.count(outcome_with("ok"))
+    one.absorb(two.as_json())
+    assert (one.cases, one.schedules, one.marks, one.verdicts) == (4, 14, {"here": 2}, {"ok": 2})
+
+
+def plan(**changes: object) -> Plan:
+    """A plan for v6.12."""
+    return replace(Plan(Kernel(), 1, Path("corpus"), Path("findings")), **changes)
+
+
+def test_without_a_checkout_only_the_random_engine_runs_and_the_others_say_why() -> None:
+    chosen, left_out = shares(plan())
+    assert [share.name for share in chosen] == ["random"]
+    assert len(left_out) == 2 and all("checkout" in line for line in left_out)
+    assert missing("random", None) == ""
+
+
+def test_a_harness_asked_for_by_name_is_the_only_one(tmp_path: Path) -> None:
+    chosen, _ = shares(plan(harness="state_machine", engine="hypothesis", checkout=tmp_path))
+    assert [share.name for share in chosen] == ["hypothesis:state_machine"]

@@ -1,0 +1,98 @@
+"""Profiles and fixes: which behaviours a kernel has, and what reverting and applying change."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from mmufuzz.case.error import CaseError
+from mmufuzz.kvm.fixes import (
+    BARRIER_ACCOUNT,
+    BARRIER_EMULATOR,
+    BENIGN,
+    DUMMY_ROOT,
+    FIXES,
+    KERNELS,
+    LATEST,
+    REEXECUTE_FLAG_ONLY,
+    REEXECUTE_LOCKLESS,
+    REEXECUTE_ONE_PATH,
+    REEXECUTE_OPT_IN,
+    RETRY_CHECK,
+    RETRY_RECORD_FAILURE,
+    RETRY_RECORD_FAULT,
+    RETRY_REWRITE,
+    SELF_CHANGE_IN_FETCH,
+    TRACK_DIRECT_CALL,
+    UNPROTECT_IFF_ZAPPED,
+    WRITE_PF_TO_SP,
+    behaviours,
+    find,
+)
+from mmufuzz.kvm.structs import Fixes
+
+V6_1 = {WRITE_PF_TO_SP, REEXECUTE_OPT_IN}
+V6_8 = V6_1 | {SELF_CHANGE_IN_FETCH, TRACK_DIRECT_CALL, DUMMY_ROOT}
+V6_9 = V6_8 | {REEXECUTE_LOCKLESS, REEXECUTE_ONE_PATH, REEXECUTE_FLAG_ONLY}
+GUARD = {RETRY_CHECK, RETRY_RECORD_FAULT, RETRY_RECORD_FAILURE}
+V6_12 = V6_9 | GUARD | {BARRIER_EMULATOR, BARRIER_ACCOUNT, UNPROTECT_IFF_ZAPPED, RETRY_REWRITE}
+
+
+@pytest.mark.parametrize("kernel, expected", [("v6.1", V6_1), ("v6.8", V6_8), ("v6.9", V6_9), ("v6.12", V6_12), ("latest", V6_12)])
+def test_a_profile_is_the_set_of_behaviours_that_kernel_has(kernel: str, expected: set[str]) -> None:
+    assert behaviours(kernel, (), ()) == expected
+
+
+def test_every_later_kernel_has_what_the_earlier_one_had() -> None:
+    for earlier, later in pairwise(KERNELS):
+        assert behaviours(earlier, (), ()) < behaviours(later, (), ())
+    assert LATEST == KERNELS[-1]
+
+
+@pytest.mark.parametrize("fix", FIXES, ids=[fix.id for fix in FIXES])
+def test_reverting_takes_exactly_the_behaviours_of_the_fix_and_applying_brings_them_back(fix: object) -> None:
+    assert isinstance(fix, type(FIXES[0]))
+    without = behaviours(LATEST, (fix.id,), ())
+    assert behaviours(LATEST, (), ()) - without == set(fix.behaviours)
+    assert behaviours(LATEST, (fix.id,), (fix.id,)) == behaviours(LATEST, (), ())
+
+
+@pytest.mark.parametrize("fix", FIXES, ids=[fix.id for fix in FIXES])
+def test_a_fix_says_what_it_is_and_where(fix: object) -> None:
+    assert isinstance(fix, type(FIXES[0]))
+    assert fix.title and fix.commit and fix.behaviours and ":" in fix.citation
+    assert fix.kernel in KERNELS
+    assert fix.shows in (BENIGN, "coherence", "livelock")
+
+
+def test_a_fix_can_be_named_by_its_entry_in_the_zoo() -> None:
+    assert find("H1") is find("track-write-barrier") is find("h1")
+    assert behaviours("v6.12", ("H1",), ()) == V6_12 - {BARRIER_EMULATOR, BARRIER_ACCOUNT}
+
+
+def test_one_half_of_the_barrier_can_be_applied_to_an_old_kernel() -> None:
+    assert behaviours("v6.9", (), ("track-write-barrier.account",)) == V6_9 | {BARRIER_ACCOUNT}
+
+
+def test_a_revert_gives_way_to_an_apply() -> None:
+    assert behaviours("v6.12", ("retry-guard",), ("retry-guard",)) == V6_12
+
+
+@pytest.mark.parametrize("kernel", ["v6.2", "", "6.12"])
+def test_an_unknown_kernel_is_an_error(kernel: str) -> None:
+    with pytest.raises(CaseError, match="expected one of v6.1"):
+        behaviours(kernel, (), ())
+
+
+@pytest.mark.parametrize("revert, apply", [(("nonsense",), ()), ((), ("nonsense",))])
+def test_an_unknown_fix_is_an_error(revert: tuple[str, ...], apply: tuple[str, ...]) -> None:
+    with pytest.raises(CaseError, match="nonsense"):
+        behaviours("v6.12", revert, apply)
+
+
+def test_the_switches_of_the_model_follow_the_behaviours() -> None:
+    on = Fixes(frozenset(V6_12))
+    off = Fixes(frozenset())
+    assert all(vars(on).values()) and not any(vars(off).values())
+    assert len(vars(on)) == len(V6_12)
