@@ -75,13 +75,12 @@ def mmu_spte_update(kvm: Kvm, address: int, spte: int) -> bool:
     return old & ~spte & (SPTE_A | SPTE_D) != 0
 
 
-def mmu_spte_clear_track_bits(kvm: Kvm, address: int) -> int:
-    """mmu.c:mmu_spte_clear_track_bits: clear an SPTE, atomically where hardware may write it; the old value."""
-    old = read_spte(kvm, address)
-    if is_shadow_present(old) and spte_has_volatile_bits(old):
-        return kvm.host.current.xchg(SPTE_ATOMIC, address, 0)
-    mmu_spte_clear_no_track(kvm, address)
-    return old
+def mmu_spte_clear_track_bits(kvm: Kvm, address: int) -> None:
+    """mmu.c:mmu_spte_clear_track_bits: clear a present SPTE, atomically where hardware may write it."""
+    if spte_has_volatile_bits(read_spte(kvm, address)):
+        kvm.host.current.xchg(SPTE_ATOMIC, address, 0)
+    else:
+        mmu_spte_clear_no_track(kvm, address)
 
 
 def gfn_to_rmap(slot: MemSlot, gfn: int, level: int) -> list[int]:
@@ -117,9 +116,9 @@ def rmap_remove(kvm: Kvm, address: int) -> None:
 
 
 def drop_spte(kvm: Kvm, address: int) -> None:
-    """mmu.c:drop_spte: clear a leaf and forget it."""
-    if is_shadow_present(mmu_spte_clear_track_bits(kvm, address)):
-        rmap_remove(kvm, address)
+    """mmu.c:drop_spte: clear a present leaf and forget it."""
+    mmu_spte_clear_track_bits(kvm, address)
+    rmap_remove(kvm, address)
 
 
 def drop_parent_pte(kvm: Kvm, child: ShadowPage, address: int) -> None:

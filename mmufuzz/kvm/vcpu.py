@@ -177,6 +177,7 @@ def handle_exit(vcpu: Vcpu, vmexit: VmExit) -> int:
     """vmx.c:vmx_handle_exit."""
     reason = vmexit.reason
     if reason == EXIT_PF:
+        vcpu.kvm.host.note(f"exit #PF {vmexit.a:#x} error {vmexit.b:#x}")
         result = kvm_mmu_page_fault(vcpu, vmexit.a, vmexit.b)
         if result.code == RESUME:
             return RESUME_GUEST

@@ -57,6 +57,7 @@ def x86_emulate_instruction(vcpu: Vcpu, gva: int, emultype: int) -> int:
         insn = x86_decode_insn(vcpu)
     except EmulationFailed:
         kvm.mark("emulate.decode_failed")
+        kvm.host.note("the emulator cannot decode it")
         return _on_decode_failure(vcpu, gva, emultype, None)
     except Fault as fault:
         return _on_decode_failure(vcpu, gva, emultype, fault)
@@ -66,6 +67,7 @@ def x86_emulate_instruction(vcpu: Vcpu, gva: int, emultype: int) -> int:
         return RESUME_GUEST
     if _retry_instruction(vcpu, gva, emultype, insn):
         kvm.mark("emulate.retried")
+        kvm.host.note("retry without emulating")
         return RESUME_GUEST
     return _x86_emulate_insn(vcpu, gva, emultype, insn)
 
@@ -82,8 +84,10 @@ def _x86_emulate_insn(vcpu: Vcpu, gva: int, emultype: int, insn: Insn) -> int:
         execute(regs, insn, bus)
     except EmulationFailed:
         kvm.mark("emulate.execution_failed")
+        kvm.host.note("the emulator cannot execute it")
         if _retry_on_failure(vcpu, gva, emultype):
             kvm.mark("emulate.reexecuted")
+            kvm.host.note("emulation failed: retry natively")
             return RESUME_GUEST
         return handle_emulation_failure(vcpu)
     except Fault as fault:
@@ -110,6 +114,7 @@ def _on_decode_failure(vcpu: Vcpu, gva: int, emultype: int, fault: Fault | None)
         return RESUME_GUEST
     if _retry_on_failure(vcpu, gva, emultype):
         vcpu.kvm.mark("emulate.reexecuted")
+        vcpu.kvm.host.note("emulation failed: retry natively")
         return RESUME_GUEST
     if fault is not None:
         queue_exception(vcpu, fault)

@@ -110,7 +110,8 @@ class Progress:
         for vcpu in self.kvm.vcpus:
             if not vcpu.finished and vcpu.progress == self._base[vcpu.index]:
                 stuck.append(f"{vcpu.thread.name} at rip {vcpu.regs.rip:#x}")
-        self.sink.period = (self._trace_at[start], self._trace_at[position])
+        # The first time round reads best: what led into the loop stands right before it.
+        self.sink.period = (self._trace_at[self._since - self._period], self._trace_at[self._since])
         self.sink.violated(
             "livelock",
             ",".join(names),

@@ -99,14 +99,18 @@ def program(steps: Sequence[str | bytes], mode64: bool) -> tuple[bytes, ...]:
     return tuple(code)
 
 
-def vcpu(mode: str, steps: Sequence[str | bytes], root: int, code: int, cpl: int, flags: str, regs: dict[str, int]) -> VcpuSpec:
+def vcpu(
+    mode: str, steps: Sequence[str | bytes], root: int, code: int, cpl: int, flags: str, regs: dict[str, int]
+) -> VcpuSpec:
     """A vCPU that runs ``steps`` at the frame ``code``, mapped where it lies."""
     numbered = tuple((REGISTERS.index(name), value) for name, value in regs.items())
     lines = program(steps, mode == LONG4)
     return VcpuSpec(mode, cpl, root, tuple(flags.split()), code << 12, code, numbered, lines)
 
 
-def long4(*steps: str | bytes, root: int = ROOT, code: int = CODE, cpl: int = 0, flags: str = "wp nx", **regs: int) -> VcpuSpec:
+def long4(
+    *steps: str | bytes, root: int = ROOT, code: int = CODE, cpl: int = 0, flags: str = "wp nx", **regs: int
+) -> VcpuSpec:
     """64-bit code behind shadowed tables."""
     return vcpu(LONG4, steps, root, code, cpl, flags, regs)
 

@@ -10,7 +10,6 @@ from mmufuzz.kvm.guest import EXIT_DONE
 from mmufuzz.x86.asm import assemble
 from mmufuzz.x86.state import CR0_WP, PFERR_FETCH, PFERR_WRITE, VECTOR_GP, VECTOR_PF, VECTOR_UD
 
-
 BACK = assemble("jmp rdi")
 END = gva(CODE) + 16
 """Where a program of one step ends."""
@@ -194,7 +193,9 @@ def test_a_vcpu_without_a_program_does_nothing() -> None:
         (2, 10, [(2, 2), (4, 4), (8, 4)]),
     ],
 )
-def test_an_access_is_cut_into_pieces_that_lie_in_one_word(address: int, size: int, pieces: list[tuple[int, int]]) -> None:
+def test_an_access_is_cut_into_pieces_that_lie_in_one_word(
+    address: int, size: int, pieces: list[tuple[int, int]]
+) -> None:
     assert words(address, size) == pieces
 
 

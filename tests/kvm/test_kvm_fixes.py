@@ -39,7 +39,9 @@ GUARD = {RETRY_CHECK, RETRY_RECORD_FAULT, RETRY_RECORD_FAILURE}
 V6_12 = V6_9 | GUARD | {BARRIER_EMULATOR, BARRIER_ACCOUNT, UNPROTECT_IFF_ZAPPED, RETRY_REWRITE}
 
 
-@pytest.mark.parametrize("kernel, expected", [("v6.1", V6_1), ("v6.8", V6_8), ("v6.9", V6_9), ("v6.12", V6_12), ("latest", V6_12)])
+@pytest.mark.parametrize(
+    "kernel, expected", [("v6.1", V6_1), ("v6.8", V6_8), ("v6.9", V6_9), ("v6.12", V6_12), ("latest", V6_12)]
+)
 def test_a_profile_is_the_set_of_behaviours_that_kernel_has(kernel: str, expected: set[str]) -> None:
     assert behaviours(kernel, (), ()) == expected
 
@@ -47,7 +49,7 @@ def test_a_profile_is_the_set_of_behaviours_that_kernel_has(kernel: str, expecte
 def test_every_later_kernel_has_what_the_earlier_one_had() -> None:
     for earlier, later in pairwise(KERNELS):
         assert behaviours(earlier, (), ()) < behaviours(later, (), ())
-    assert LATEST == KERNELS[-1]
+    assert KERNELS[-1] == LATEST
 
 
 @pytest.mark.parametrize("fix", FIXES, ids=[fix.id for fix in FIXES])

@@ -27,7 +27,9 @@ def test_the_role_of_a_nested_table_has_guest_mode_and_no_write_protect() -> Non
 
 def test_a_nested_page_fault_goes_to_l1_with_a_user_access_and_leaves_cr2_alone() -> None:
     tables = usual().map(gva(DATA), DATA, P | W | A | D).map(gva(DATA2), DATA2, P | U | A)
-    m = run(tables, npt4("mov ecx, [eax]", "mov [ebx], ecx", "mov ecx, [edx]", rax=gva(DATA), rbx=gva(DATA2), rdx=gva(0x30)))
+    m = run(
+        tables, npt4("mov ecx, [eax]", "mov [ebx], ecx", "mov ecx, [edx]", rax=gva(DATA), rbx=gva(DATA2), rdx=gva(0x30))
+    )
     errors = [PFERR_PRESENT | PFERR_USER, PFERR_PRESENT | PFERR_USER | PFERR_WRITE, PFERR_USER]
     assert [exception[:2] for exception in m.vcpu().exceptions] == [(SVM_EXIT_NPF, error) for error in errors]
     assert m.vcpu().regs.cr2 == 0

@@ -14,7 +14,15 @@ from mmufuzz.kvm.memslots import gfn_to_memslot, gfn_to_pfn, gpa_to_hpa, pfn_to_
 from mmufuzz.kvm.observer import Observer
 from mmufuzz.kvm.page import link_shadow_page
 from mmufuzz.kvm.rmap import drop_parent_pte, mmu_spte_set, mmu_spte_update, rmap_remove
-from mmufuzz.kvm.role import ROLE_DIRECT, ROLE_PASSTHROUGH, child_role, role_access, role_level, role_text, with_level_access
+from mmufuzz.kvm.role import (
+    ROLE_DIRECT,
+    ROLE_PASSTHROUGH,
+    child_role,
+    role_access,
+    role_level,
+    role_text,
+    with_level_access,
+)
 from mmufuzz.kvm.root import kvm_mmu_free_obsolete_roots, kvm_mmu_free_roots
 from mmufuzz.kvm.spte import (
     SPTE_A,

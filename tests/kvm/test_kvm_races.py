@@ -3,7 +3,30 @@
 from __future__ import annotations
 
 import pytest
-from machines import CODE, CODE2, DATA, L1, L2, L3, PAGE, ROOT, TABLE, A, D, Machine, P, Tables, U, W, flat32, gva, long4, npt4, run, usual
+from machines import (
+    CODE,
+    CODE2,
+    DATA,
+    L1,
+    L2,
+    L3,
+    PAGE,
+    ROOT,
+    TABLE,
+    A,
+    D,
+    Machine,
+    P,
+    Tables,
+    U,
+    W,
+    flat32,
+    gva,
+    long4,
+    npt4,
+    run,
+    usual,
+)
 
 from mmufuzz.host.sched import ENDED
 from mmufuzz.kvm.spte import SPTE_W, is_shadow_present
@@ -39,7 +62,10 @@ def changed(table: int, index: int, value: int) -> Machine:
     return run(usual(), writer, guest, schedule=["after start run vcpu1", "after vcpu1@0.gpte.load 12 run vcpu0"])
 
 
-@pytest.mark.parametrize("table, index, mark", [(ROOT, 0, "fetch.top_changed"), (L2, 0, "fetch.gpte_changed"), (L1, DATA, "fetch.gpte_changed")])
+@pytest.mark.parametrize(
+    "table, index, mark",
+    [(ROOT, 0, "fetch.top_changed"), (L2, 0, "fetch.gpte_changed"), (L1, DATA, "fetch.gpte_changed")],
+)
 def test_every_gpte_on_the_way_is_read_again_under_the_lock(table: int, index: int, mark: str) -> None:
     m = changed(table, index, TABLE | 0x14000)
     assert m.marks[mark] >= 1
@@ -160,14 +186,25 @@ def test_a_locked_operation_of_the_guest_is_atomic_even_if_its_translation_is_ev
 def test_a_translation_made_ahead_of_its_use_is_flushed_with_the_others() -> None:
     tables = usual().set(DATA, 0, 111)
     guest = long4("mov rcx, [rax]", "nop", "mov rdx, [rax]", rax=gva(DATA))
-    m = run(tables, guest, schedule=[f"evict vcpu0 {gva(DATA):#x} after vcpu0@0.guest.load 1", f"fill vcpu0 {gva(DATA):#x} after vcpu0@1.guest.fetch 1"])
+    m = run(
+        tables,
+        guest,
+        schedule=[
+            f"evict vcpu0 {gva(DATA):#x} after vcpu0@0.guest.load 1",
+            f"fill vcpu0 {gva(DATA):#x} after vcpu0@1.guest.fetch 1",
+        ],
+    )
     assert (m.reg("rcx"), m.reg("rdx")) == (111, 111)
     # The fill walked without an event of its own; the load finds the page in the TLB.
     assert "spte.walk" not in m.sites(step=2)
 
 
 def test_a_cpu_fills_its_tlb_only_in_guest_mode() -> None:
-    m = run(usual(), long4("mov rcx, [rax]", rax=gva(DATA)), schedule=[f"fill vcpu0 {gva(DATA):#x} after vcpu0@0.mmu_lock.lock 1"])
+    m = run(
+        usual(),
+        long4("mov rcx, [rax]", rax=gva(DATA)),
+        schedule=[f"fill vcpu0 {gva(DATA):#x} after vcpu0@0.mmu_lock.lock 1"],
+    )
     assert m.vcpu().retired == 1
 
 

@@ -3,7 +3,25 @@
 from __future__ import annotations
 
 import pytest
-from machines import CODE, CODE2, DATA, DATA2, L1, L2, L3, PAGE, ROOT, TABLE, Misuse, flat32, gva, long4, machine, run, usual
+from machines import (
+    CODE,
+    CODE2,
+    DATA,
+    DATA2,
+    L1,
+    L2,
+    L3,
+    PAGE,
+    ROOT,
+    TABLE,
+    Misuse,
+    flat32,
+    gva,
+    long4,
+    machine,
+    run,
+    usual,
+)
 
 from mmufuzz.host.memory import MemoryWatcher
 from mmufuzz.kvm.requests import REQ_MMU_FREE_OBSOLETE_ROOTS, REQ_TLB_FLUSH
@@ -190,10 +208,14 @@ def test_a_budget_that_the_roots_have_overdrawn_counts_as_empty() -> None:
     assert m.vcpu().userspace_exits == ["enospc"]
 
 
-@pytest.mark.parametrize("at", ["thread.start 1", "mmu_lock.unlock 1", "vcpu.entry 1", "vcpu.exit 1", "spte.store 2", "mmu_lock.unlock 2"])
+@pytest.mark.parametrize(
+    "at", ["thread.start 1", "mmu_lock.unlock 1", "vcpu.entry 1", "vcpu.exit 1", "spte.store 2", "mmu_lock.unlock 2"]
+)
 def test_zap_all_at_any_moment_leaves_the_bookkeeping_right(at: str) -> None:
     tables = usual()
-    m = run(tables, long4("mov rcx, [rax]", "nop", rax=gva(DATA)), host=[ZAP], schedule=[f"after vcpu0@0.{at} run host0"])
+    m = run(
+        tables, long4("mov rcx, [rax]", "nop", rax=gva(DATA)), host=[ZAP], schedule=[f"after vcpu0@0.{at} run host0"]
+    )
     assert m.vcpu().retired == 2
     assert m.log.warnings == []
     shadowing = [sp for bucket in m.kvm.mmu_page_hash.values() for sp in bucket if not sp.invalid]

@@ -17,6 +17,7 @@ from machines import (
     ROOT,
     TABLE,
     A,
+    D,
     P,
     Tables,
     U,
@@ -40,7 +41,9 @@ def test_a_table_is_mapped_read_only() -> None:
 
 
 def test_a_store_to_a_table_is_emulated_and_zaps_exactly_the_spte() -> None:
-    m = run(usual(), long4("mov rcx, [rax]", "mov [rbx], rdx", rax=gva(DATA), rbx=gva(L1, DATA), rdx=DATA2 << 12 | PAGE))
+    m = run(
+        usual(), long4("mov rcx, [rax]", "mov [rbx], rdx", rax=gva(DATA), rbx=gva(L1, DATA), rdx=DATA2 << 12 | PAGE)
+    )
     assert m.marks["page_fault.WRITE_PROTECTED"] == m.marks["emulate.done"] == 1
     assert m.word(L1, DATA) == DATA2 << 12 | PAGE
     assert m.present(m.page(L1)) == [CODE, L1]
@@ -148,7 +151,12 @@ def test_four_bytes_that_straddle_two_gptes_leave_the_second_spte_behind() -> No
     assert is_shadow_present(m.spte(gva(DATA2)))
     assert m.vcpu().exceptions == []
     # A writer without CR4.PAE is not taken to write half gPTEs: the page goes.
-    m = run(tables, long4("mov rcx, [rax]", rax=gva(DATA2)), flat32("mov [ebx], edx", rbx=at, rdx=0), schedule=["after vcpu1@0.thread.start 1 run vcpu0"])
+    m = run(
+        tables,
+        long4("mov rcx, [rax]", rax=gva(DATA2)),
+        flat32("mov [ebx], edx", rbx=at, rdx=0),
+        schedule=["after vcpu1@0.thread.start 1 run vcpu0"],
+    )
     assert m.pages(L1) == []
 
 
@@ -213,7 +221,9 @@ def test_a_locked_operation_is_atomic_unless_it_crosses_a_cache_line(offset: int
 def test_locked_operations_on_mmio_and_read_only_memory_become_plain_writes() -> None:
     slots = (Slot(0, 0x20), Slot(0x20, 1, readonly=True))
     tables = usual().identity([0x20]).map(gva(DATA), NOWHERE)
-    m = run(tables, long4("lock xadd [rax], rcx", "lock xadd [rbx], rcx", rax=gva(0x20), rbx=gva(DATA), rcx=2), slots=slots)
+    m = run(
+        tables, long4("lock xadd [rax], rcx", "lock xadd [rbx], rcx", rax=gva(0x20), rbx=gva(DATA), rcx=2), slots=slots
+    )
     assert m.vcpu().userspace_exits == ["mmio write 0x20000", "mmio read 0x100000", "mmio write 0x100000"]
     assert m.passed("emulate.cmpxchg") == 0
 
@@ -310,3 +320,29 @@ def test_the_walker_sets_dirty_bits_without_telling_the_shadow_mmu() -> None:
     m = run(tables, long4("mov rcx, [rax]", "mov [rax], rcx", rax=gva(DATA)))
     assert m.passed("track_write.locked") == 0
     assert m.marks["walk.set_accessed_dirty"] == 1
+
+
+def test_a_stale_leaf_that_faults_is_dropped_with_a_flush() -> None:
+    """The hazard of the straddling write, one step on: the walk now leads to another frame than the SPTE."""
+    low = DATA2 + 1 << 12 | PAGE
+    tables = usual().map(gva(DATA2), DATA2, PAGE & ~D).set(DATA2 + 1, 0, 66)
+    steps = ("mov rcx, [rax]", "mov [rbx], edx", "add qword [rax], 1")
+    m = run(tables, long4(*steps, rax=gva(DATA2), rbx=gva(L1, DATA2) - 2, rdx=(low & 0xFFFF) << 16))
+    assert (m.word(DATA2), m.word(DATA2 + 1)) == (0, 67)
+    assert m.log.warnings == []
+    # The same where the new frame is no memory: what was present makes way for an MMIO SPTE.
+    slots = (Slot(0, DATA2 + 1), Slot(DATA2 + 2, 0x20))
+    m = run(tables, long4(*steps, rax=gva(DATA2), rbx=gva(L1, DATA2) - 2, rdx=(low & 0xFFFF) << 16), slots=slots)
+    assert m.vcpu().userspace_exits == ["mmio read 0x6000", "mmio write 0x6000"]
+    assert m.log.warnings == []
+
+
+def test_a_stale_table_that_faults_is_replaced_with_a_flush() -> None:
+    tables = usual().set(L2, 1, L1 << 12 | TABLE).set(0x12, 1, 0x14 << 12 | TABLE)
+    tables.set(0x14, 0, DATA << 12 | PAGE).set(0x15, 1, DATA2 << 12 | PAGE).set(DATA2, 0, 9)
+    steps = ("mov rcx, [rax]", "mov [rbx], edx", "mov rcx, [rsi]")
+    regs = {"rax": 1 << 21, "rbx": gva(L2, 1) - 2, "rsi": (1 << 21) + 0x1000, "rdx": (0x15 << 12 & 0xFFFF | TABLE) << 16}
+    m = run(tables, long4(*steps, **regs))
+    assert m.marks["link.replaced"] == 1
+    assert m.reg("rcx") == 9
+    assert m.log.warnings == []

@@ -47,7 +47,7 @@ def test_the_reported_period_is_one_lap() -> None:
     start, end = outcome.period
     length = end - start
     assert 0 < length < start
-    assert sites(outcome, start, end) == sites(outcome, start - length, start)
+    assert sites(outcome, start, end) == sites(outcome, end, end + length)
 
 
 def test_the_livelock_is_found_long_before_the_event_limit() -> None:
