@@ -17,7 +17,8 @@ from mmufuzz.case.model import Case
 from mmufuzz.case.mutate import mutate, splice
 from mmufuzz.case.rng import Rng
 from mmufuzz.host.deviation import EVICT, FILL
-from mmufuzz.outcome import OK
+from mmufuzz.outcome import OK, Outcome
+from mmufuzz.search.racing import Races
 from mmufuzz.search.strategies import portfolio
 
 SCHEDULES: Final = 12
@@ -77,19 +78,30 @@ class RandomEngine:
         recorder = self.recorder
         recorder.case()
         self.cases += 1
-        length = recorder.check(case).events
+        outcome = recorder.check(case)
+        length = outcome.events
+        races = Races(outcome.trace)
         bare = replace(case, schedule=tuple(item for item in case.schedule if item.kind in (EVICT, FILL)))
         left = schedules
         spent = 0
         while left > 0 and spent < MOST_SCHEDULES and not self._over_time():
             known = len(recorder.corpus.features)
-            outcome = recorder.check(bare, portfolio(self.rng.next64(), length))
+            outcome = self._run(bare, length, races)
             left -= 1
             spent += 1
             if outcome.verdict != OK:
                 return
             if len(recorder.corpus.features) > known:
                 left = schedules
+                races = Races(outcome.trace)
+
+    def _run(self, case: Case, length: int, races: Races) -> Outcome:
+        """One run under a schedule aimed at one of ``races``, or under a strategy that knows nothing of them."""
+        rng = Rng(self.rng.next64())
+        aimed = races.schedule(rng)
+        if aimed:
+            return self.recorder.check(replace(case, schedule=aimed + case.schedule))
+        return self.recorder.check(case, portfolio(rng.next64(), length))
 
     def _over_time(self) -> bool:
         return self.recorder.stop.requested or self.budget.left <= 0

@@ -204,3 +204,22 @@ def test_an_access_is_cut_at_the_page_and_wraps_at_the_end_of_the_address_space(
     assert pages(0xFFE, 4, True) == [(0xFFE, 2), (0x1000, 2)]
     assert pages(0xFFFFFFFE, 4, False) == [(0xFFFFFFFE, 2), (0, 2)]
     assert pages(0xFFFFFFFE, 4, True) == [(0xFFFFFFFE, 2), (1 << 32, 2)]
+
+
+def test_an_opcode_that_is_repaired_before_kvm_looks_still_raises_ud() -> None:
+    """KVM intercepts #UD for hypercalls of the other vendor only; whatever else it decodes gets its #UD."""
+    first = long4("mov rcx, [rbx]", "ud2", rbx=gva(DATA))
+    second = long4("mov rdx, [rbx]", "mov [rax], cx", code=CODE2, rax=gva(CODE) + 16, rbx=gva(DATA + 1), rcx=0x9090)
+    m = run(usual(), first, second, schedule=["after vcpu0@1.vcpu.exit 1 run vcpu1"])
+    assert m.word(CODE, 2) & 0xFFFF == 0x9090
+    assert m.vcpu().exceptions == [(VECTOR_UD, -1, 0, gva(CODE) + 16)]
+
+
+def test_too_long_an_instruction_behind_the_prefix_is_an_invalid_opcode() -> None:
+    code = (assemble("fep nop")[:5] + b"\x66" * 16 + BACK).ljust(24, b"\x90")
+    tables = usual()
+    for index in range(3):
+        tables.set(3, index, int.from_bytes(code[index * 8 : index * 8 + 8], "little"))
+    m = run(tables, long4("jmp rbx", rbx=gva(3), rdi=END))
+    assert m.marks["emulate.forced"] == 1
+    assert m.vcpu().exceptions[0][0] == VECTOR_UD

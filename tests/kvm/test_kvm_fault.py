@@ -390,10 +390,12 @@ def test_6_1_looks_for_a_self_change_only_where_the_page_may_be_written() -> Non
 
 def test_smap_and_smep_without_cr0_wp_are_part_of_the_role() -> None:
     tables = Tables().identity([CODE, DATA], P | W | A | D)
-    roles = {run(tables, long4("nop", flags=flags)).page(ROOT).role for flags in ("nx", "nx smep", "nx smap", "nx smep smap")}
-    assert len(roles) == 4
-    roles = {run(tables, long4("nop", flags=flags)).page(ROOT).role for flags in ("wp nx", "wp nx smep", "wp nx smap")}
-    assert len(roles) == 1
+
+    def roles(*features: str) -> int:
+        return len({run(tables, long4("nop", flags=flags)).page(ROOT).role for flags in features})
+
+    assert roles("nx", "nx smep", "nx smap", "nx smep smap") == 4
+    assert roles("wp nx", "wp nx smep", "wp nx smap") == 1
 
 
 def test_setting_smap_alone_makes_no_request_to_flush() -> None:
@@ -415,3 +417,16 @@ def test_two_guests_outside_memory_share_the_dummy_root() -> None:
     m = run(usual(), long4("nop", root=NOWHERE), long4("nop", root=NOWHERE, code=CODE2))
     assert m.marks["root.dummy"] == 2
     assert m.vcpu(0).mmu.root_pfn == m.vcpu(1).mmu.root_pfn == m.kvm.dummy_root_pfn
+
+
+def test_a_write_to_a_cached_read_only_mmio_page_faults() -> None:
+    tables = usual().map(gva(DATA), NOWHERE, P | U | A)
+    m = run(tables, long4("mov rcx, [rax]", "fep mov [rax], rcx", cpl=3, rax=gva(DATA)))
+    assert m.vcpu().userspace_exits == ["mmio read 0x100000"]
+    assert m.vcpu().exceptions[0][:2] == (VECTOR_PF, PFERR_PRESENT | PFERR_USER | PFERR_WRITE)
+
+
+def test_a_guest_without_paging_that_stores_to_a_read_only_slot_exits_as_mmio() -> None:
+    slots = (Slot(0, 0x20), Slot(0x20, 1, readonly=True))
+    m = run(None, flat32("mov [eax], ecx", rax=gva(0x20)), slots=slots)
+    assert m.vcpu().userspace_exits == ["mmio write 0x20000"]

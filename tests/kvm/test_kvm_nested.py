@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
-from machines import CODE, DATA, DATA2, L1, L2, L3, NOWHERE, PAGE, ROOT, TABLE, A, D, P, U, W, gva, npt4, run, usual
+from collections.abc import Callable
 
+import pytest
+from machines import (
+    CODE,
+    DATA,
+    DATA2,
+    L1,
+    L2,
+    L3,
+    NOWHERE,
+    PAGE,
+    ROOT,
+    TABLE,
+    A,
+    D,
+    Machine,
+    P,
+    U,
+    W,
+    gva,
+    machine,
+    npt4,
+    run,
+    usual,
+)
+
+from mmufuzz.case.model import Options
+from mmufuzz.host.sched import Body
 from mmufuzz.kvm.guest import SVM_EXIT_NPF
-from mmufuzz.kvm.role import ROLE_CR0_WP, ROLE_GUEST_MODE, ROLE_PASSTHROUGH, role_level, role_text
+from mmufuzz.kvm.page import kvm_mmu_get_shadow_page, link_shadow_page
+from mmufuzz.kvm.role import ROLE_CR0_WP, ROLE_GUEST_MODE, ROLE_PASSTHROUGH, child_role, role_level, role_text
+from mmufuzz.kvm.track import kvm_mmu_track_write, kvm_mmu_unprotect_page
 from mmufuzz.kvm.write_track import write_track_address
+from mmufuzz.kvm.zap import kvm_mmu_zap_all_fast, make_mmu_pages_available
 from mmufuzz.x86.state import PFERR_PRESENT, PFERR_USER, PFERR_WRITE, VECTOR_GP, VECTOR_UD
 
 
@@ -114,3 +144,57 @@ def test_mmio_of_a_nested_guest_is_never_found_in_the_cache() -> None:
 def test_code_of_a_nested_guest_runs_through_the_same_tables() -> None:
     m = run(usual().map(gva(0x30), CODE, PAGE), npt4("mov ecx, 7"))
     assert m.reg("rcx") == 7
+
+
+class Probe(Body):
+    """Runs a vCPU, links a page below one of the same frame, and zaps the frame's pages one after the other."""
+
+    def __init__(self, made: Machine, first: Body, zap: Callable[[Machine], None]) -> None:
+        self.made = made
+        self.first = first
+        self.zap = zap
+
+    def run(self) -> None:
+        self.first.run()
+        kvm = self.made.kvm
+        (parent,) = [sp for sp in self.made.pages(ROOT) if role_level(sp.role) == 4]
+        child = kvm_mmu_get_shadow_page(kvm, ROOT, child_role(parent.role, False, 7))
+        link_shadow_page(kvm, parent.spte_address(1), child)
+        # As if the child had been there first: the bucket has the newest page in front.
+        bucket = kvm.mmu_page_hash[ROOT]
+        bucket.append(bucket.pop(0))
+        self.zap(self.made)
+
+
+def by_unprotect(m: Machine) -> None:
+    kvm_mmu_unprotect_page(m.kvm, ROOT)
+
+
+def by_misaligned_write(m: Machine) -> None:
+    kvm_mmu_track_write(m.vcpu(), gva(ROOT, 0x30) + 1, 2)
+
+
+def by_zap_all(m: Machine) -> None:
+    # The oldest page first, so the parent goes before the child.
+    pages = m.kvm.active_mmu_pages
+    pages.sort(key=lambda sp: role_level(sp.role))
+    kvm_mmu_zap_all_fast(m.kvm)
+
+
+def by_reclaim(m: Machine) -> None:
+    m.kvm.active_mmu_pages.sort(key=lambda sp: role_level(sp.role))
+    m.kvm.options = Options(n_max_mmu_pages=8)
+    m.kvm.mmu_lock.acquire()
+    assert make_mmu_pages_available(m.kvm) == 0
+    m.kvm.mmu_lock.release()
+
+
+@pytest.mark.parametrize("zap", [by_unprotect, by_misaligned_write, by_zap_all, by_reclaim])
+def test_a_page_zapped_with_its_parent_is_not_zapped_again(zap: Callable[[Machine], None]) -> None:
+    """The walk over pages meets one that the zap of its parent has already taken."""
+    m = machine(usual(), npt4("nop"))
+    m.host.threads[0].body = Probe(m, m.host.threads[0].body, zap)
+    m.run()
+    assert m.log.warnings == []
+    assert [sp for sp in m.pages(ROOT) if role_level(sp.role) < 5] == []
+    assert m.count() == len(m.kvm.active_mmu_pages) - (zap not in (by_zap_all,))

@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 from machines import DATA, L1, L2, ROOT, Machine, Misuse, gva, long4, machine, npt4, usual
 
 from mmufuzz.host.sched import Body
+from mmufuzz.kvm.emulate import EmulatorBus
 from mmufuzz.kvm.fault import kvm_mmu_page_fault
-from mmufuzz.kvm.fetch import PageFault, fetch
+from mmufuzz.kvm.fetch import RET_PF_RETRY, PageFault, fetch
 from mmufuzz.kvm.memslots import gfn_to_memslot, gfn_to_pfn, gpa_to_hpa, pfn_to_gfn
 from mmufuzz.kvm.observer import Observer
 from mmufuzz.kvm.page import link_shadow_page
-from mmufuzz.kvm.rmap import drop_parent_pte, mmu_spte_set, mmu_spte_update, rmap_remove
+from mmufuzz.kvm.requests import REQ_MMU_FREE_OBSOLETE_ROOTS
+from mmufuzz.kvm.rmap import drop_parent_pte, drop_spte, mmu_spte_set, mmu_spte_update, rmap_remove
 from mmufuzz.kvm.role import (
     ROLE_DIRECT,
     ROLE_PASSTHROUGH,
@@ -243,3 +245,34 @@ def test_no_gfn_equals_the_frame_behind_it(gfn: int) -> None:
 @pytest.mark.parametrize("gfn, found", [(0, True), (63, True), (64, False), (-1, False)])
 def test_a_gfn_is_in_a_slot_or_not(gfn: int, found: bool) -> None:
     assert (gfn_to_memslot(machine(None, long4()).kvm, gfn) is not None) == found
+
+
+def test_a_leaf_that_hardware_may_be_changing_is_cleared_atomically() -> None:
+    def probe(m: Machine) -> None:
+        address = m.page(L1).spte_address(DATA)
+        m.host.memory.write(address, 8, m.spte(gva(DATA)) & ~SPTE_A)
+        drop_spte(m.kvm, address)
+        assert m.sites()[-1] == "spte.atomic"
+
+    assert after(probe).log.warnings == []
+
+
+def test_a_fault_under_the_dummy_root_asks_for_another_root() -> None:
+    """It takes a memslot that appears between the load of the root and the fault."""
+
+    def probe(m: Machine) -> None:
+        walker = walk_addr(m.vcpu(), gva(DATA), 0)
+        m.vcpu().mmu.root_dummy = True
+        assert fetch(m.vcpu(), PageFault(gva(DATA), 0), walker) == RET_PF_RETRY
+        m.vcpu().mmu.root_dummy = False
+        assert m.host.memory.read(m.vcpu().requests_address, 8) & REQ_MMU_FREE_OBSOLETE_ROOTS
+
+    after(probe)
+
+
+def test_a_locked_write_of_more_than_eight_bytes_is_a_plain_write() -> None:
+    def probe(m: Machine) -> None:
+        EmulatorBus(m.vcpu()).store(m.vcpu().regs, gva(DATA), 16, 5 << 64 | 4, True)
+        assert (m.word(DATA), m.word(DATA, 1)) == (4, 5)
+
+    assert after(probe).passed("emulate.cmpxchg") == 0

@@ -164,16 +164,6 @@ def test_6_1_is_exposed_through_account_shadowed_alone() -> None:
     assert stale(victim_npt4((), kernel="v6.1"), gva(CODE))
 
 
-def test_two_direct_mmus_that_fault_on_one_page_make_one_spurious_fault() -> None:
-    """The second finds the SPTE writable by the time it looks, without taking mmu_lock."""
-    tables = usual()
-    first = flat32("mov ecx, [eax]", "mov [eax], ecx", code=CODE, rax=gva(ROOT))
-    second = flat32("mov ecx, [eax]", "mov [eax], ecx", code=CODE2, rax=gva(ROOT))
-    user = long4("nop", code=3)
-    m = run(tables, first, second, user, schedule=["after vcpu0@1.vcpu.exit 1 run vcpu1"], kernel="v6.12")
-    assert m.host.status == ENDED
-
-
 def test_a_locked_operation_of_the_guest_is_atomic_even_if_its_translation_is_evicted() -> None:
     tables = usual().set(DATA, 0, 1)
     first = long4("lock xadd [rax], rcx", rax=gva(DATA) - 4, rcx=0x1_0000_0000)
@@ -220,3 +210,45 @@ def test_a_dirty_bit_is_the_write_that_the_guest_may_miss_to_see() -> None:
     assert m.word(L1, DATA) & D
     assert m.spte(gva(DATA)) & SPTE_W
     assert L3 in m.kvm.mmu_page_hash
+
+
+def test_a_write_fault_that_another_cpu_has_mended_is_spurious() -> None:
+    """fast_page_fault of a direct MMU: no lock taken, the guest tries again."""
+    user = long4("nop", code=3)
+    first = flat32("mov ecx, [eax]", "add [eax], ecx", code=CODE, rax=gva(ROOT, 5))
+    second = flat32("mov ecx, [eax]", "mov [eax], ecx", code=CODE2, rax=gva(ROOT, 6))
+    schedule = ["after vcpu1@1.mode.store 1 run vcpu0", "after vcpu0@1.thread.yield 1 run vcpu0"]
+    m = run(Tables().identity([3]), first, second, user, schedule=schedule, kernel="v6.9")
+    assert m.marks["page_fault.SPURIOUS"] >= 1
+    sites = m.sites(1, step=1)
+    at = sites.index("spte.load")
+    assert sites[at : at + 4] == ["spte.load", "spte.load", "mode.store", "requests.load"]
+    assert [guest.retired for guest in m.kvm.vcpus] == [2, 2, 1]
+
+
+def test_a_lockless_walk_ends_where_another_cpu_has_zapped() -> None:
+    """The write fault was taken through tables that are gone when KVM resets their write counts."""
+    writer = long4("mov rcx, [rax]", "mov [rax], rcx", rax=gva(L2, 8))
+    other = long4("mov rdx, [rax]", "mov [rax], cx", code=CODE2, rax=gva(L3, 0x20) + 4)
+    m = run(usual(), writer, other, schedule=["after vcpu0@1.mode.atomic 1 run vcpu1"])
+    assert m.marks["page_fault.write_tracked"] >= 1
+    assert m.host.status == ENDED
+    assert [guest.retired for guest in m.kvm.vcpus] == [2, 2]
+
+
+def test_a_reserved_bit_fault_on_a_replaced_mmio_spte_sends_the_guest_back() -> None:
+    """handle_mmio_page_fault finds no MMIO SPTE any more."""
+    tables = usual().map(gva(DATA), 0x100).map(gva(DATA + 1), 0x101)
+    steps = ("mov rcx, [rsi]", "mov rcx, [rax]", "mov rcx, [rbx]", "mov rcx, [rax]")
+    reader = long4(*steps, rax=gva(DATA), rbx=gva(DATA + 1), rsi=gva(DATA + 2))
+    editor = long4("mov rdx, [rax]", "mov [rax], rcx", code=CODE2, rax=gva(L1, DATA), rcx=DATA << 12 | PAGE)
+    m = run(tables, reader, editor, schedule=["after vcpu0@3.vcpu.exit 1 run vcpu1"])
+    assert m.vcpu().userspace_exits == ["mmio read 0x100000", "mmio read 0x101000"]
+    assert m.marks["page_fault.RETRY"] == 1
+    assert m.vcpu().retired == 4
+
+
+def test_a_speculative_walk_of_a_pdpte_sets_its_accessed_bit() -> None:
+    m = run(None, flat32("nop", "nop"), schedule=["fill vcpu0 0x40000000 after vcpu0@0.vcpu.entry 1"])
+    pdptes = m.vcpu().mmu.pae_root_pfn << 12
+    assert [bool(m.host.memory.read(pdptes + 8 * quarter, 8) & A) for quarter in range(4)] == [True, True, False, False]

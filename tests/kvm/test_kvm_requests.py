@@ -30,7 +30,7 @@ from mmufuzz.kvm.structs import EXITING_GUEST_MODE, OUTSIDE_GUEST_MODE
 ZAP = "zap_all_fast"
 
 LATE = ("after host0@1.slots_lock.lock 1 run vcpu0", "after vcpu0@0.thread.yield 2 run vcpu0")
-"""The host thread runs its first operation at the vCPU's first fault, and waits for its turn at the start of the second."""
+"""The host thread runs one operation at the vCPU's first fault, and stops at the start of the next."""
 
 
 class Freed(MemoryWatcher):
@@ -156,12 +156,20 @@ def test_the_special_root_of_a_direct_mmu_is_stale_while_a_request_is_pending() 
 def test_a_root_that_is_still_good_survives_a_request_made_for_another() -> None:
     other = 0x20
     tables = usual().set(other, 0, L3 << 12 | TABLE)
-    first = long4("mov rdx, [rbx]", "mov [rax], cx", "nop", rax=gva(ROOT, 0x20) + 4, rbx=gva(DATA))
-    second = long4("nop", "mov rdx, [rbx]", "nop", root=other, code=CODE2, rbx=gva(DATA2))
-    m = run(tables, first, second, host=())
-    assert m.marks["zap.root"] == 1
-    assert m.marks["root.freed_obsolete"] == 1
+    first = long4("mov [rax], cx", "nop", rax=gva(ROOT, 0x20) + 4)
+    second = long4("mov rdx, [rax]", "mov rdx, [rbx]", "nop", root=other, code=CODE2, rax=gva(DATA), rbx=gva(DATA2))
+    m = run(tables, first, second)
+    assert m.marks["zap.root"] == m.marks["root.freed_obsolete"] == 1
+    # The other vCPU looked at its root, too, and kept it.
+    assert m.sites(1).count("role.load") == 1
+    assert m.marks["mmu_load"] == 3
     assert m.vcpu(1).mmu.root_sp is m.page(other)
+
+
+def test_zap_all_drops_the_pages_of_a_direct_mmu_with_their_rmaps() -> None:
+    m = run(None, flat32("nop", "nop"), host=[ZAP])
+    assert m.log.warnings == []
+    assert [len(heads) for heads in m.kvm.slots[0].rmap[0].values()] == [1]
 
 
 def test_zapping_a_root_asks_every_vcpu_to_look_at_its_own() -> None:
@@ -231,3 +239,22 @@ def test_edits_on_one_vcpu_reach_the_other_through_a_remote_flush() -> None:
     m = run(tables, editor, reader, schedule=["after vcpu1@0.guest.load 1 run vcpu0"])
     assert (m.reg("rcx", 1), m.reg("rdx", 1)) == (111, 222)
     assert L2 in m.kvm.mmu_page_hash and CODE in m.present(m.page(L1))
+
+
+def test_a_budget_used_up_by_the_roots_of_others_sends_the_entry_to_userspace() -> None:
+    m = run(usual(), flat32("nop"), long4("nop"), max_pages=4)
+    assert m.vcpu(1).userspace_exits == ["enospc"]
+
+
+def test_reclaim_stops_when_it_has_enough() -> None:
+    tables = usual()
+    steps = []
+    for number in range(1, 14):
+        tables.map(number << 39, DATA)
+        steps.append(f"mov rax, {number << 39:#x}; mov rcx, [rax]")
+    m = run(tables, long4(*steps), max_pages=42)
+    assert m.marks["reclaim"] == 1
+    # 38 pages were in use, so that 21 of the oldest went.
+    assert m.vcpu().retired == 26
+    assert m.kvm.n_used_mmu_pages == m.count() < 42
+    assert m.log.warnings == []

@@ -264,6 +264,7 @@ WRITERS = {
     "cmpxchg16b [rax]": False,
     "movups [rax], xmm0": False,
     "stosq": False,
+    "vmovdqu [rax], ymm0": False,
     "push rax": False,
 }
 
@@ -271,3 +272,19 @@ WRITERS = {
 @pytest.mark.parametrize("text", WRITERS)
 def test_which_instructions_are_taken_for_gpte_updates(text: str) -> None:
     assert x86_page_table_writing_insn(decode(assemble(text), True)) == WRITERS[text]
+
+
+def test_an_instruction_that_fails_late_is_retried_once_and_then_given_up() -> None:
+    # CMPXCHG16B on a page that an external tracker protects: there is nothing to unprotect.
+    m = run(usual(), long4("lock cmpxchg16b [rax]", rax=gva(DATA)), write_track=[DATA])
+    assert m.marks["emulate.execution_failed"] == 2
+    assert m.marks["emulate.reexecuted"] == m.marks["retry_guard.hit"] == 1
+    assert m.vcpu().userspace_exits == ["internal-error"]
+
+
+def test_the_write_may_be_forbidden_by_the_time_emulation_has_failed() -> None:
+    first = long4("mov rcx, [rbx]", "movss [rax], xmm0", rax=gva(L1, 0x20), rbx=gva(DATA))
+    second = long4("mov rdx, [rax]", "mov [rax], rcx", code=2, rax=gva(L1, L1), rcx=L1 << 12 | P | U | A)
+    for kernel in ("v6.1", "v6.9"):
+        m = run(usual(), first, second, kernel=kernel, schedule=["after vcpu0@1.emul.fetch 1 run vcpu1"])
+        assert m.vcpu().exceptions[0][:3] == (VECTOR_PF, 1 | PFERR_WRITE, gva(L1, 0x20)), kernel

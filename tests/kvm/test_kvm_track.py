@@ -341,8 +341,8 @@ def test_a_stale_table_that_faults_is_replaced_with_a_flush() -> None:
     tables = usual().set(L2, 1, L1 << 12 | TABLE).set(0x12, 1, 0x14 << 12 | TABLE)
     tables.set(0x14, 0, DATA << 12 | PAGE).set(0x15, 1, DATA2 << 12 | PAGE).set(DATA2, 0, 9)
     steps = ("mov rcx, [rax]", "mov [rbx], edx", "mov rcx, [rsi]")
-    regs = {"rax": 1 << 21, "rbx": gva(L2, 1) - 2, "rsi": (1 << 21) + 0x1000, "rdx": (0x15 << 12 & 0xFFFF | TABLE) << 16}
-    m = run(tables, long4(*steps, **regs))
+    value = (0x15 << 12 & 0xFFFF | TABLE) << 16
+    m = run(tables, long4(*steps, rax=1 << 21, rbx=gva(L2, 1) - 2, rsi=(1 << 21) + 0x1000, rdx=value))
     assert m.marks["link.replaced"] == 1
     assert m.reg("rcx") == 9
     assert m.log.warnings == []
