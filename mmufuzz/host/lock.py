@@ -8,7 +8,8 @@ from __future__ import annotations
 from mypy_extensions import mypyc_attr
 
 from mmufuzz.host.memory import Memory, mix
-from mmufuzz.host.sched import Host, Waitable
+from mmufuzz.host.sched import Host
+from mmufuzz.host.thread import Waitable
 
 FREE = 0
 

@@ -12,12 +12,14 @@ class Replay:
     def __init__(self) -> None:
         self.runs: dict[int, int] = {}
         """Which thread runs after an event."""
-        self.holds: dict[int, bool] = {}
+        self._holds: dict[int, bool] = {}
         """Stores that are held; the value says nothing."""
-        self.releases: dict[int, list[int]] = {}
+        self._releases: dict[int, list[int]] = {}
         """Which held stores drain after an event, in order."""
-        self.tlb: dict[int, list[Deviation]] = {}
+        self._tlb: dict[int, list[Deviation]] = {}
         """What happens to TLBs after an event."""
+        self.events = 0
+        """Events after which something is to happen that has not come up."""
 
     def follow(self, schedule: list[Deviation]) -> None:
         """Add ``schedule``. Of two runs at one event, or two holds of one store, the first counts."""
@@ -25,27 +27,56 @@ class Replay:
             if deviation.kind == RUN:
                 self.runs.setdefault(deviation.at, deviation.actor)
             elif deviation.kind == HOLD:
-                if deviation.at not in self.holds:
-                    self.holds[deviation.at] = True
+                if deviation.at not in self._holds:
+                    self._holds[deviation.at] = True
                     if deviation.until != BOOT:
-                        self.releases.setdefault(deviation.until, []).append(deviation.at)
+                        self._releases.setdefault(deviation.until, []).append(deviation.at)
             else:
-                self.tlb.setdefault(deviation.at, []).append(deviation)
+                self._tlb.setdefault(deviation.at, []).append(deviation)
+        self.events = len(self.runs) + len(self._releases) + len(self._tlb)
 
     def forget_choices(self) -> None:
         """Keep only TLB deviations: a strategy makes the choices."""
         self.runs = {}
-        self.holds = {}
-        self.releases = {}
+        self._holds = {}
+        self._releases = {}
+        self.events = len(self._tlb)
 
     def forget(self) -> None:
         """Give up what has not come up."""
         self.forget_choices()
-        self.tlb = {}
+        self._tlb = {}
+        self.events = 0
 
     def used_up(self) -> bool:
         """True if nothing is left."""
-        return not (self.runs or self.releases or self.tlb or self.holds)
+        return not (self.events or self._holds)
+
+    def take_run(self, label: int) -> int:
+        """The thread to run after event ``label``, which is one of ``runs``."""
+        self.events -= 1
+        return self.runs.pop(label)
+
+    def take_hold(self, label: int) -> bool:
+        """Whether the store ``label`` is to be held."""
+        if label not in self._holds:
+            return False
+        del self._holds[label]
+        return True
+
+    def take_releases(self, label: int) -> list[int]:
+        """The stores to drain after event ``label``."""
+        if label not in self._releases:
+            return []
+        self.events -= 1
+        return self._releases.pop(label)
+
+    def take_tlb(self, label: int) -> list[Deviation]:
+        """What happens to TLBs after event ``label``."""
+        if label not in self._tlb:
+            return []
+        self.events -= 1
+        return self._tlb.pop(label)
 
 
 class Record:

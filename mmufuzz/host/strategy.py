@@ -43,7 +43,3 @@ class Strategy:
     def hold(self, label: int) -> bool:
         """Whether the store ``label`` stays in its buffer until that buffer is picked or drains by itself."""
         return False
-
-
-class Default(Strategy):
-    """Never deviates."""

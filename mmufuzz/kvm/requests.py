@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.host.sched import Waitable
 from mmufuzz.host.sites import IPI_SEND, MODE_ATOMIC, REQUESTS_ATOMIC, REQUESTS_LOAD
+from mmufuzz.host.thread import Waitable
 from mmufuzz.kvm.structs import EXITING_GUEST_MODE, IN_GUEST_MODE, OUTSIDE_GUEST_MODE, Kvm, Vcpu
 
 REQ_MMU_FREE_OBSOLETE_ROOTS: Final = 1 << 0

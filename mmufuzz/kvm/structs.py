@@ -12,8 +12,9 @@ from mmufuzz.case.model import NPT4, Options
 from mmufuzz.case.model import Vcpu as VcpuSpec
 from mmufuzz.host.lock import Lock
 from mmufuzz.host.memory import PAGE_SHIFT, Memory
-from mmufuzz.host.sched import Host, Thread
+from mmufuzz.host.sched import Host
 from mmufuzz.host.sites import MMU_LOCK, MMU_UNLOCK, SLOTS_LOCK, SLOTS_UNLOCK
+from mmufuzz.host.thread import Thread
 from mmufuzz.kvm.fixes import (
     BARRIER_ACCOUNT,
     BARRIER_EMULATOR,

@@ -77,7 +77,7 @@ def detect_write_flooding(kvm: Kvm, sp: ShadowPage) -> bool:
         return False
     count = kvm.memory.read(sp.flooding_address, 8) + 1
     kvm.memory.write(sp.flooding_address, 8, count)
-    kvm.host.observed(kvm.host.current, count)
+    kvm.host.current.observed(count)
     if count >= FLOOD_LIMIT:
         kvm.mark("track_write.flooding")
         return True

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mmufuzz.case.model import ZAP_ALL_FAST
-from mmufuzz.host.sched import Body
 from mmufuzz.host.sites import MB, MODE_LOAD, MODE_STORE, REQUESTS_LOAD, VCPU_ENTRY, VCPU_EXIT
+from mmufuzz.host.thread import Body
 from mmufuzz.kvm.emulate import set_cr
 from mmufuzz.kvm.fault import EMULATE, RESUME, kvm_ack_ipi_if_sent, kvm_mmu_page_fault
 from mmufuzz.kvm.guest import (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from mmufuzz.host.memory import PAGE_SHIFT
-from mmufuzz.host.sched import Thread
+from mmufuzz.host.thread import Thread
 from mmufuzz.kvm.memslots import gfn_to_memslot, gfn_to_pfn, pfn_to_gfn
 from mmufuzz.kvm.requests import (
     REQ_MMU_FREE_OBSOLETE_ROOTS,

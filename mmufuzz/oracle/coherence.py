@@ -13,18 +13,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.host.sites import (
-    COUNT_LOAD,
-    EMUL_ATOMIC,
-    EMUL_STORE,
-    GUEST_ATOMIC,
-    GUEST_STORE,
-    MMU_UNLOCK,
-    label_site,
-    label_thread,
-)
 from mmufuzz.kvm.memslots import gfn_to_pfn
 from mmufuzz.kvm.structs import Kvm, Vcpu
+from mmufuzz.oracle.fate import fate_of_last_store
 from mmufuzz.oracle.history import ALWAYS, History
 from mmufuzz.oracle.sink import Sink
 from mmufuzz.oracle.walks import ANY_RIGHTS, Walks, root_gfn
@@ -39,7 +30,6 @@ from mmufuzz.x86.paging import (
 )
 
 _ACCESS_BITS: Final = 5
-_STORES: Final = (EMUL_STORE, EMUL_ATOMIC, GUEST_STORE, GUEST_ATOMIC)
 
 
 class View:
@@ -128,7 +118,7 @@ class Coherence:
         past = self._walks(vcpu, gva, ALWAYS)
         if past.reaches(root, access, pfn):
             hpa = self._forgotten(vcpu, gva, past.path)
-            what = f"{who} access through a stale translation: {self._fate(hpa)}"
+            what = f"{who} access through a stale translation: {fate_of_last_store(self.kvm, hpa)}"
             detail += f", which the entry at hpa {hpa:#x} allowed only before the last invalidation"
         elif self._walks(vcpu, gva, ALWAYS).reaches(root, ANY_RIGHTS, pfn):
             what += "without the right: " + self._missing(vcpu, gva, pfn, access)
@@ -146,25 +136,6 @@ class Coherence:
             if not _among(value, self.history.values(hpa, since, vcpu.thread.buffer)):
                 lowest = hpa
         return lowest
-
-    def _fate(self, hpa: int) -> str:
-        """What became of the last store to the entry: did KVM see it?"""
-        trace = self.kvm.host.trace
-        at = len(trace) - 1
-        while at >= 0 and not (trace[at][1] & ~7 == hpa and trace[at][0] > 0 and label_site(trace[at][0]) in _STORES):
-            at -= 1
-        if at < 0:
-            return "nobody wrote the entry"
-        if label_site(trace[at][0]) in (GUEST_STORE, GUEST_ATOMIC):
-            return "a store by hardware, which KVM cannot see"
-        writer = label_thread(trace[at][0])
-        for label, address, value in trace[at:]:
-            if label > 0 and label_thread(label) == writer:
-                if label_site(label) == COUNT_LOAD and address == self.kvm.indirect_shadow_pages and value == 0:
-                    return "the emulated store was not tracked"
-                if label_site(label) == MMU_UNLOCK:
-                    return "the emulated store was tracked in vain"
-        return "the emulated store is not tracked yet"
 
     def _reaches_reserved(self, vcpu: Vcpu, gva: int, pfn: int, access: int) -> bool:
         walks = self._walks(vcpu, gva, ALWAYS)

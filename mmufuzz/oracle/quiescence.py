@@ -37,6 +37,7 @@ from mmufuzz.kvm.spte import (
 from mmufuzz.kvm.structs import Kvm, ShadowPage
 from mmufuzz.kvm.walker import gpte_access
 from mmufuzz.kvm.write_track import is_obsolete_sp, sp_has_gptes
+from mmufuzz.oracle.fate import NOBODY, fate_of_last_store
 from mmufuzz.oracle.sink import Sink
 from mmufuzz.x86.paging import PAGE_SHIFT, PTE_A, PTE_D, PTE_P, PagingConfig, is_leaf, pte_frame, reserved_bits
 
@@ -53,10 +54,13 @@ def stale_sptes(kvm: Kvm, sink: Sink) -> None:
             spte = kvm.memory.words.get(sp.spte_address(index) >> 3, 0)
             why = _wrong(kvm, sp, index, spte) if spte else ""
             if why:
+                cause = why
                 where = f"SPTE {index} of gfn {sp.gfn:#x} {role_text(sp.role)} is {spte:#x}"
                 if sp_has_gptes(sp):
-                    where += f", the gPTE {_gpte(kvm, sp, index):#x}"
-                sink.record("coherence", f"stale SPTE after quiescence: {why}", where)
+                    where += f", the gPTE {_gpte(kvm, sp, index):#x}: {why}"
+                    fate = fate_of_last_store(kvm, gpa_to_hpa(sp.gfn << PAGE_SHIFT | index << 3))
+                    cause = why if fate == NOBODY else fate
+                sink.record("coherence", f"stale SPTE after quiescence: {cause}", where)
                 return
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mmufuzz.host.lock import Lock
 from mmufuzz.host.memory import PAGE_SHIFT
-from mmufuzz.host.sched import Thread
+from mmufuzz.host.thread import Thread
 from mmufuzz.kvm.spte import is_last_spte, is_shadow_present, spte_pfn
 from mmufuzz.kvm.structs import FIRST_SHADOW_PFN, INVALID_PFN, Kvm, ShadowPage, Vcpu
 from mmufuzz.x86.state import Regs

@@ -8,7 +8,7 @@ from toy import BASE, FENCE, YIELD, Op, Programs, ToyMachine, ld, lock, programs
 
 from mmufuzz.case.rng import Rng
 from mmufuzz.host.deviation import EVICT, FILL, HOLD, RUN, Deviation
-from mmufuzz.host.sched import DEADLOCK, ENDED, EVENT_LIMIT, NOTE, STOPPED, Body, BoundaryWatcher, Host, RunStop
+from mmufuzz.host.sched import DEADLOCK, ENDED, EVENT_LIMIT, NOTE, STOPPED, BoundaryWatcher, Host, RunStop
 from mmufuzz.host.sites import (
     BOOT,
     LOCK_UNLOCK,
@@ -29,6 +29,7 @@ from mmufuzz.host.sites import (
     label_thread,
 )
 from mmufuzz.host.strategy import STOP, Strategy
+from mmufuzz.host.thread import Body
 from mmufuzz.search.strategies import BytesStrategy, RandomWalk, portfolio
 
 SEEDS = st.integers(0, (1 << 64) - 1)

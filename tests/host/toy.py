@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from mmufuzz.host.deviation import Deviation
 from mmufuzz.host.lock import Lock
 from mmufuzz.host.memory import Memory
-from mmufuzz.host.sched import DEADLOCK, ENDED, EVENT_LIMIT, Body, Host, Waitable
+from mmufuzz.host.sched import DEADLOCK, ENDED, EVENT_LIMIT, Host
 from mmufuzz.host.sites import LOCK_LOCK, LOCK_UNLOCK, MB, WORD_ATOMIC, WORD_LOAD, WORD_STORE
 from mmufuzz.host.strategy import Strategy
+from mmufuzz.host.thread import Body, Waitable
 from mmufuzz.outcome import FINDING, SUSPECT, Finding, Outcome
 
 BASE = 1 << 32

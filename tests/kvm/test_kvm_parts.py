@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from machines import DATA, L1, L2, ROOT, Machine, Misuse, gva, long4, machine, npt4, usual
 
-from mmufuzz.host.sched import Body
+from mmufuzz.host.thread import Body
 from mmufuzz.kvm.emulate import EmulatorBus
 from mmufuzz.kvm.fault import kvm_mmu_page_fault
 from mmufuzz.kvm.fetch import RET_PF_RETRY, PageFault, fetch

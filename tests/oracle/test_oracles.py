@@ -7,7 +7,8 @@ from oracle_vms import DATA_GVA, Machine, case, load, long4, ran
 
 from mmufuzz.case.model import HostThread
 from mmufuzz.host.lock import Lock
-from mmufuzz.host.sched import DEADLOCK, ENDED, EVENT_LIMIT, STOPPED, Body, RunStop
+from mmufuzz.host.sched import DEADLOCK, ENDED, EVENT_LIMIT, STOPPED, RunStop
+from mmufuzz.host.thread import Body
 
 
 class Taker(Body):

@@ -146,7 +146,7 @@ def seed_race(revert: tuple[str, ...], held: bool = True, memory_model: str = TS
 def test_without_the_emulators_barrier_the_emulated_store_is_missed(revert: str) -> None:
     outcome = run(seed_race((revert,)))
     assert [(finding.kind, finding.fingerprint) for finding in outcome.findings] == [
-        ("coherence", "stale SPTE after quiescence: the gPTE names another table")
+        ("coherence", "stale SPTE after quiescence: the emulated store was not tracked")
     ]
 
 
