@@ -20,8 +20,8 @@ class Finding:
     """A violated property.
 
     ``kind``: "coherence", "livelock", "deadlock", "accounting", "write-protection", "lifetime", "warn", "lock",
-    "suspect" or "harness-error". ``fingerprint`` has no addresses and no numbers that vary between runs of the same bug.
-    ``detail`` is for people. ``label`` is the last visible operation before it was seen.
+    "suspect" or "harness-error". ``fingerprint`` has no addresses and no numbers that vary between runs of the same
+    bug. ``detail`` is for people. ``label`` is the last visible operation before it was seen.
     """
 
     kind: str
@@ -33,10 +33,11 @@ class Finding:
 class Outcome:
     """The result of ``run(case)``; equal Cases give equal Outcomes.
 
-    ``schedule`` is what was followed, as deviations: with it in place of the Case's, the run repeats. ``marks``: how often each
-    named point of the model was passed. ``guest``: digest of what the guest can see at the end (registers, memory, faults,
-    exits to userspace). ``instructions``: guest instructions retired. ``exits``: VM exits by reason. ``locks``:
-    acquisitions by lock name. ``period``: for a livelock, indices into ``trace`` (start, end) of one period.
+    ``schedule`` is what was followed, as deviations: with it in place of the Case's, the run repeats. ``marks``: how
+    often each named point of the model was passed. ``guest``: digest of what the guest can see at the end (registers,
+    memory, faults, exits to userspace). ``instructions``: guest instructions retired. ``exits``: VM exits by reason.
+    ``locks``: acquisitions by lock name. ``period``: for a livelock, indices into ``trace`` (start, end) of one
+    period.
     """
 
     def __init__(self) -> None:
@@ -52,7 +53,7 @@ class Outcome:
         self.threads: tuple[str, ...] = ()
         """Thread names by index: "vcpu0", "vcpu1", …, "host0", …"""
         self.trace: list[tuple[int, int, int]] = []
-        """(label, address, value) by visible operation; (sched.NOTE, index into ``notes``, thread) for state changes."""
+        """(label, address, value) by visible operation; (sched.NOTE, index into ``notes``, thread) for notes."""
         self.notes: list[str] = []
         self.period: tuple[int, int] = (0, 0)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from typing import Final
 
+from mmufuzz.case.error import CaseError
 from mmufuzz.case.model import TSO, Case
 from mmufuzz.case.validate import validate
 from mmufuzz.host.deviation import EVICT, FILL
 from mmufuzz.host.memory import GUEST_FRAMES, PAGE_SHIFT, Memory
 from mmufuzz.host.sched import DEADLOCK, EVENT_LIMIT, Host, RunStop
 from mmufuzz.host.strategy import Strategy
+from mmufuzz.kvm.marks import MARKS
 from mmufuzz.kvm.structs import Kvm
 from mmufuzz.kvm.vm import build
 from mmufuzz.oracle.oracles import Oracles
@@ -27,6 +29,9 @@ def run(case: Case, strategy: Strategy | None = None, track: bool = False) -> Ou
     fingerprints for the exhaustive search. Raises CaseError if the Case is not valid.
     """
     validate(case)
+    for mark in case.expect.reach:
+        if mark not in MARKS:
+            raise CaseError(f"expect.reach {mark!r}", "expected a mark that docs/reference/sites-labels-deviations.md lists")
     host = Host(Memory(), case.memory_model == TSO, case.options.event_limit)
     host.track = track
     host.memory.track = track

@@ -60,8 +60,8 @@ class Vcpu:
     """One vCPU: registers it starts with, and its program.
 
     ``flags``: any of "wp", "smep", "smap", "nx". ``cr3`` is the gfn of the root table (LONG4) or of the nested
-    page table's root (NPT4; such a vCPU implies a VM with TDP, so LONG4 vCPUs cannot stand beside it). ``code_gva`` (page
-    aligned) is where the program runs, ``code_gfn`` the first frame it is stored in. ``regs`` are pairs of register
+    page table's root (NPT4; such a vCPU implies a VM with TDP, so LONG4 vCPUs cannot stand beside it).
+    ``code_gva`` (page aligned) is where the program runs, ``code_gfn`` the first frame it is stored in. ``regs`` are pairs of register
     number (0..15, encoding order) and value. Each step of ``program`` holds 1..15 instruction bytes, a
     forced-emulation prefix included. Where a step's bytes end, execution goes on at the next step.
     """
@@ -114,7 +114,7 @@ class Expect:
 
 @dataclass(frozen=True)
 class Case:
-    """One run of the model, completely described. ``kernel`` is a profile, ``revert`` and ``apply`` hold ids of fixes."""
+    """One run of the model. ``kernel`` is a profile, ``revert`` and ``apply`` hold ids of fixes."""
 
     kernel: str = "v6.12"
     revert: tuple[str, ...] = ()
@@ -128,4 +128,4 @@ class Case:
     schedule: tuple[Deviation, ...] = ()
     expect: Expect = Expect()
     comment: str = ""
-    """Why the case is kept, for readers; not part of the bytes form."""
+    """Why the case is kept, for readers."""

@@ -24,7 +24,9 @@ def add_parser(verbs: Any) -> None:
     """The verb's arguments."""
     parser = verbs.add_parser("explore", help="run every schedule of one Case")
     parser.add_argument("file", metavar="FILE")
-    parser.add_argument("--bound", metavar="K", type=natural, help="at most K deviations from the default schedule; default: no bound")
+    parser.add_argument(
+        "--bound", metavar="K", type=natural, help="at most K deviations from the default schedule; default: no bound"
+    )
     parser.add_argument("--time", metavar="T", type=duration, help="give up after this time (verdict: incomplete)")
     parser.add_argument("--schedules", metavar="N", type=count, help="give up after N schedules (verdict: incomplete)")
     parser.add_argument("--memory-model", choices=("sc", "tso"), help="instead of the Case's")

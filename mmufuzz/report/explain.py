@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.case.model import FLAT32, LONG4, Case, Vcpu
+from mmufuzz.case.model import CODE_SLOT, FLAT32, LONG4, NPT4, Case, Vcpu
 from mmufuzz.case.text import deviation_text, label_text
 from mmufuzz.case.toml_dump import REGISTERS, entry_text
 from mmufuzz.host.sites import BOOT
@@ -12,8 +12,13 @@ from mmufuzz.outcome import Outcome
 from mmufuzz.report.rows import Row, cell, fold, mark_conflicts, mark_deviations, rows
 from mmufuzz.x86.asm import disassemble
 
-CODE_SLOT: Final = 16
 MIN_COLUMN: Final = 14
+
+_MODES: Final = {
+    LONG4: "64-bit, 4-level paging",
+    FLAT32: "32-bit, paging off",
+    NPT4: "L2, 32-bit, paging off, behind a nested page table",
+}
 
 
 def explain(case: Case, outcome: Outcome, name: str, full: bool = False) -> list[str]:
@@ -59,8 +64,8 @@ def _header(case: Case, outcome: Outcome, name: str) -> list[str]:
 
 
 def _program(index: int, vcpu: Vcpu) -> list[str]:
-    root = f", root table gfn {vcpu.cr3:#x}" if vcpu.mode == LONG4 else ""
-    mode = {LONG4: "64-bit, 4-level paging", FLAT32: "32-bit, paging off"}.get(vcpu.mode, vcpu.mode)
+    root = f", root table gfn {vcpu.cr3:#x}" if vcpu.mode in (LONG4, NPT4) else ""
+    mode = _MODES[vcpu.mode]
     flags = f", {' '.join(vcpu.flags)}" if vcpu.flags else ""
     lines = [f"vcpu{index}: {mode}{root}, CPL {vcpu.cpl}{flags}"]
     if vcpu.regs:

@@ -18,7 +18,7 @@ class Bus:
     """
 
     def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
-        """Read ``size`` bytes, little endian. With ``rmw`` the instruction will store to the same place: check for write."""
+        """Read ``size`` bytes, little endian. With ``rmw`` a store to the same place follows: check for write."""
         raise NotImplementedError
 
     def store(self, regs: Regs, gva: int, size: int, value: int, locked: bool) -> None:
