@@ -1,0 +1,77 @@
+"""``run(case) -> Outcome``: verdicts, bad input, and failures of mmufuzz itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mmufuzz.case.error import CaseError
+from mmufuzz.case.model import FLAT32, SC, Case, Expect, HostThread, Options, Slot, Vcpu
+from mmufuzz.kvm import vcpu as kvm_vcpu
+from mmufuzz.outcome import HARNESS_ERROR, OK, SUSPECT
+from mmufuzz.run import run
+from mmufuzz.x86.asm import assemble
+
+
+def flat32(*program: str, **options: object) -> Case:
+    code = tuple(assemble(text, False) for text in program)
+    guest = Vcpu(FLAT32, code_gva=0x1000, code_gfn=1, regs=((0, 0x2000),), program=code)
+    return Case(slots=(Slot(0, 8),), vcpus=(guest,), options=Options(**options))  # type: ignore[arg-type]
+
+
+def test_a_guest_that_finishes_is_ok() -> None:
+    outcome = run(flat32("mov dword [eax], 5", "mov ecx, [eax]"))
+    assert outcome.verdict == OK
+    assert (outcome.instructions, outcome.threads) == (2, ("vcpu0",))
+    assert outcome.exits["program-end"] == 1
+    assert outcome.locks["mmu_lock"] > 0
+
+
+def test_a_guest_that_loops_is_suspect_when_the_limit_is_hit() -> None:
+    outcome = run(flat32("jmp -2", event_limit=2000))
+    assert (outcome.verdict, [finding.kind for finding in outcome.findings]) == (SUSPECT, ["suspect"])
+
+
+def test_guests_that_differ_in_memory_alone_have_different_guest_digests() -> None:
+    one = run(flat32("mov dword [eax], 1"))
+    two = run(flat32("mov dword [eax], 2"))
+    assert one.guest != two.guest
+    assert one.guest == run(flat32("mov dword [eax], 1")).guest
+
+
+def test_the_memory_model_is_not_visible_without_a_held_store() -> None:
+    case = flat32("mov dword [eax], 1")
+    assert run(case).digest == run(replace(case, memory_model=SC)).digest
+
+
+def test_the_digest_covers_the_trace() -> None:
+    assert run(flat32("mov ecx, [eax]", "nop")).digest != run(flat32("nop", "mov ecx, [eax]")).digest
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"kernel": "v9.9"}, "kernel"),
+        ({"revert": ("no-such-fix",)}, "fix"),
+        ({"expect": Expect(reach=("no.such.mark",))}, "expect.reach"),
+        ({"slots": (Slot(0, 8), Slot(4, 8))}, "slots"),
+        ({"host": (HostThread(("no-such-op",)),)}, "host"),
+    ],
+)
+def test_a_case_that_is_not_valid_is_refused_before_anything_runs(change: dict[str, object], place: str) -> None:
+    with pytest.raises(CaseError) as error:
+        run(replace(flat32("nop"), **change))  # type: ignore[arg-type]
+    assert place in str(error.value)
+
+
+def test_a_failure_inside_mmufuzz_is_a_finding_about_mmufuzz(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(kvm_vcpu, "handle_exit", broken)
+    outcome = run(flat32("nop"))
+    assert outcome.verdict == HARNESS_ERROR
+    finding = outcome.findings[0]
+    assert finding.kind == HARNESS_ERROR
+    assert finding.fingerprint.startswith("ZeroDivisionError in ") and finding.fingerprint.endswith(".broken")
