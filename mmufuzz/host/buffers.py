@@ -24,7 +24,7 @@ class Buffers:
         return mask
 
     def release(self, index: int, count: int, last: int) -> None:
-        """After event ``last`` the oldest ``count`` stores of a thread drain, and those behind them that nobody holds."""
+        """After event ``last`` a thread's oldest ``count`` stores drain, and those behind them that are not held."""
         buffer = self.threads[index].buffer
         while buffer.pending and (count > 0 or not buffer.pending[0].held):
             if buffer.pending[0].held:

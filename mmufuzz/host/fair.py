@@ -1,7 +1,8 @@
 """Fair scheduling after Musuvathi and Qadeer (PLDI 2008): who may run, given who yielded to whom.
 
 A thread that yields gives way to the threads that it kept from running since its last yield: those that were enabled
-all that time, or that it disabled, and that never ran. So a loop that yields in each turn cannot starve what it waits for.
+all that time, or that it disabled, and that never ran. So a loop that yields each time round cannot starve what it
+waits for.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from mmufuzz.host.memory import mix
 
 
 class Fairness:
-    """Sets of threads are bit masks, and each list has one for every thread. What is "since" begins at its last yield."""
+    """Sets of threads are bit masks. Each list has one for every thread; "since" is since that thread's last yield."""
 
     def __init__(self, count: int) -> None:
         everyone = (1 << count) - 1

@@ -85,7 +85,7 @@ class Lock(Waitable):
         self.owner = -1
         thread.held_locks.remove(self.rank)
         if self.host.track:
-            self.history = mix(self.history, thread.history)
+            self.history = mix(self.history, thread.local_state())
         thread.store(self.unlock_site, self.address, FREE)
 
     def held_by_current(self) -> bool:

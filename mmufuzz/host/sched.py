@@ -68,8 +68,8 @@ class Host(Scheduler):
     """The machine's threads and their schedule.
 
     ``status`` after ``run``: ENDED (all threads ended), DEADLOCK, EVENT_LIMIT or STOPPED (somebody raised RunStop).
-    ``deviations`` then holds the schedule that was followed. ``events`` counts visible operations, ``last`` is the label
-    of the last one.
+    ``deviations`` then holds the schedule that was followed. ``events`` counts visible operations; ``last`` is the
+    label of the last one.
     """
 
     _current: Thread
@@ -148,7 +148,7 @@ class Host(Scheduler):
         for thread in self.threads:
             if not thread.done:
                 alive |= 1 << thread.index
-            state = mix(state, thread.history)
+            state = mix(state, thread.local_state())
         state = mix(mix(state, self._buffers.fingerprint()), self._fairness.fingerprint(alive))
         for lock in self.locks:
             state = mix(state, lock.fingerprint())
@@ -193,8 +193,6 @@ class Host(Scheduler):
         thread.last = last
         self.last = last
         self.trace.append((last, 0, 0))
-        if self.track:
-            thread.history = mix(thread.history, last)
 
     def detail(self, label: int, address: int, value: int) -> None:
         """Complete the trace entry of event ``label``; a second access glued to the same event is left out."""
@@ -420,7 +418,7 @@ class Host(Scheduler):
     def _question(self, default: int, actors: int, label: int) -> int:
         strategy = self.strategy
         strategy.events = self.events
-        if self.track:
+        if strategy.wants_state:
             strategy.state = self.fingerprint()
         chosen = strategy.pick(default, actors, label)
         if chosen < 0:

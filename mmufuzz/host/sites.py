@@ -42,7 +42,7 @@ SITE_NAMES: Final = (
     "requests.load",
     "requests.atomic",
     "ipi.send",
-    "ipi.ack",
+    "thread.wake",
     "mb.fence",
     "vcpu.entry",
     "vcpu.exit",
@@ -57,7 +57,6 @@ SITE_NAMES: Final = (
     "word.store",
     "word.atomic",
     "mmu_valid_gen.load",
-    "thread.wake",
 )
 
 THREAD_START: Final = 0
@@ -91,7 +90,7 @@ MODE_ATOMIC: Final = 27
 REQUESTS_LOAD: Final = 28
 REQUESTS_ATOMIC: Final = 29
 IPI_SEND: Final = 30
-IPI_ACK: Final = 31
+THREAD_WAKE: Final = 31
 MB: Final = 32
 VCPU_ENTRY: Final = 33
 VCPU_EXIT: Final = 34
@@ -106,9 +105,8 @@ WORD_LOAD: Final = 42
 WORD_STORE: Final = 43
 WORD_ATOMIC: Final = 44
 VALID_GEN_LOAD: Final = 45
-THREAD_WAKE: Final = 46
 
-N_SITES: Final = 47
+N_SITES: Final = 46
 
 STORE_SITES: Final = tuple(site for site in range(N_SITES) if SITE_NAMES[site].endswith((".store", ".unlock")))
 """Sites whose stores may be held in the store buffer."""

@@ -21,13 +21,14 @@ class Strategy:
     Subclasses set ``horizon`` in ``__init__``: the compiled core ignores class attributes of interpreted classes.
     After ``horizon`` events (at most ``sched.PATIENCE``) the host drains all buffers, stops asking and follows the
     default: that is the liveness phase. Before ``next_event`` events it does not ask at plain operations, only where
-    threads wait, yield or end. It keeps ``events``, the visible operations so far, and, if ``Host.track`` is set,
-    ``state``, ``Host.fingerprint()``, up to date for each question.
+    threads wait, yield or end. It keeps ``events``, the visible operations so far, up to date for each question, and
+    while ``wants_state`` is set, for ``pick`` also ``state``, ``Host.fingerprint()``.
     """
 
     horizon = 0
     next_event = 0
     events = 0
+    wants_state = False
     state = 0
 
     def begin(self, threads: int) -> None:

@@ -91,7 +91,7 @@ class Thread:
         self.held_locks: list[int] = []
         """Ranks, in the order in which the locks were taken."""
         self.history = 0
-        """Fingerprint of everything this thread has done and read: its local state, for the search."""
+        """Fingerprint of everything this thread has read, for the search."""
 
     def _main(self) -> None:
         self.host.started(self)
@@ -143,6 +143,10 @@ class Thread:
         """The thread read ``value``: part of what determines everything it does from here."""
         if self.host.track:
             self.history = mix(self.history, value)
+
+    def local_state(self) -> int:
+        """Fingerprint of what the thread knows and where it stands: a program is a function of what it reads."""
+        return mix(self.history, self.last)
 
     # Locked operations and barriers.
 

@@ -246,7 +246,7 @@ def run_guest(vcpu: Vcpu, bus: GuestBus) -> VmExit:
     """Execute guest code until something exits. Exceptions that KVM does not intercept are delivered natively."""
     kvm = vcpu.kvm
     while True:
-        if kvm.memory.read(vcpu.ipi_address, 8):
+        if vcpu.thread.peek(vcpu.ipi_address):
             return VmExit(EXIT_INTERRUPT)
         if vcpu.finished:
             return VmExit(EXIT_DONE)

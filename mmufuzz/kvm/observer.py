@@ -18,8 +18,5 @@ class Observer:
     def guest_invalidated(self, vcpu: int, gva: int) -> None:
         """The guest completed an architectural invalidation: INVLPG of ``gva``, or of everything (-1)."""
 
-    def mmu_lock_releasing(self) -> None:
-        """mmu_lock is about to be released: KVM's bookkeeping must be consistent."""
-
     def warn(self, site: str, text: str) -> None:
         """A WARN_ON or KVM_BUG_ON of the modelled kernel fired in ``site``."""

@@ -37,6 +37,10 @@ HORIZON: Final = SLICE
 """Events within which all choices of a run must lie; a run that goes past them makes the search incomplete."""
 
 
+# A choice is named by the events before it and its number among the choices between two events.
+_CHOICE_BITS: Final = 16
+
+
 class Branch:
     """A schedule: option ``option`` at choice ``position``, what ``parent`` says before it, option 0 elsewhere."""
 
@@ -64,17 +68,16 @@ class ExploreStrategy(Strategy):
         self.cost = branch.cost if branch is not None else 0
         self.bound = bound
         self.met = met
-        self.forced: dict[int, int] = {}
-        self.last_forced = -1
+        self.forced: list[Branch] = []
         item = branch
         while item is not None:
-            self.forced[item.position] = item.option
-            self.last_forced = max(self.last_forced, item.position)
+            self.forced.append(item)
             item = item.parent
-        self.position = 0
+        self.position = -1
         self.pruned = False
         self.found: list[Branch] = []
         self.count = 0
+        self._await_next()
 
     def begin(self, threads: int) -> None:
         """See ``Strategy``."""
@@ -82,12 +85,12 @@ class ExploreStrategy(Strategy):
 
     def pick(self, current: int, enabled: int, label: int) -> int:
         """See ``Strategy``."""
-        position = self.position
-        self.position = position + 1
         drains = enabled >> self.count != 0
         others = enabled & ~(1 << current)
-        if position <= self.last_forced:
-            return self._forced_actor(position, current, others)
+        if self.forced:
+            option = self._forced_option()
+            return _nth(others, option) if option else current
+        self._advance()
         price = 0 if drains else 1
         if self.met is not None:
             # Who is current matters only where going on is cheaper than switching.
@@ -98,34 +101,51 @@ class ExploreStrategy(Strategy):
             self.met[key] = 1
         option = 1
         while others:
-            self._offer(position, option, price)
+            self._offer(option, price)
             others &= others - 1
             option += 1
         return current
 
     def hold(self, label: int) -> bool:
         """See ``Strategy``."""
-        position = self.position
-        self.position = position + 1
-        if position <= self.last_forced:
-            return position in self.forced
-        self._offer(position, 1, 1)
+        if self.forced:
+            return self._forced_option() == 1
+        self._advance()
+        self._offer(1, 1)
         return False
 
-    def _offer(self, position: int, option: int, price: int) -> None:
-        if self.bound < 0 or self.cost + price <= self.bound:
-            self.found.append(Branch(self.branch, position, option, self.cost + price))
+    def _advance(self) -> None:
+        """Come to the next choice."""
+        first = self.events << _CHOICE_BITS
+        self.position = self.position + 1 if self.position >= first else first
 
-    def _forced_actor(self, position: int, current: int, others: int) -> int:
-        if position not in self.forced:
-            return current
-        option = self.forced[position]
-        while option > 1 and others:
-            others &= others - 1
-            option -= 1
-        if not others:
-            raise NondeterminismError(f"choice {position} of the run offered fewer options than before")
-        return (others & -others).bit_length() - 1
+    def _forced_option(self) -> int:
+        """The option of the branch at the next choice."""
+        self._advance()
+        if self.position != self.forced[-1].position:
+            return 0
+        option = self.forced.pop().option
+        self._await_next()
+        return option
+
+    def _await_next(self) -> None:
+        """Up to the branch's next choice the run is known: nothing need be asked."""
+        self.next_event = self.forced[-1].position >> _CHOICE_BITS if self.forced else 0
+        self.wants_state = not self.forced and self.met is not None
+
+    def _offer(self, option: int, price: int) -> None:
+        if self.bound < 0 or self.cost + price <= self.bound:
+            self.found.append(Branch(self.branch, self.position, option, self.cost + price))
+
+
+def _nth(actors: int, number: int) -> int:
+    """The ``number``-th actor, from 1, of a mask."""
+    while number > 1 and actors:
+        actors &= actors - 1
+        number -= 1
+    if not actors:
+        raise NondeterminismError("a choice of the run offered fewer options than before")
+    return (actors & -actors).bit_length() - 1
 
 
 class Reached:
@@ -175,7 +195,7 @@ def explore(
         while buckets[cost]:
             strategy = ExploreStrategy(buckets[cost].popleft(), limit, met)
             outcome = run_with(strategy)
-            if strategy.position <= strategy.last_forced:
+            if strategy.forced:
                 raise NondeterminismError("the run did not come to the choice it was to take")
             result.schedules += 1
             for branch in strategy.found:

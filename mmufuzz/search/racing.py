@@ -18,7 +18,6 @@ from mmufuzz.case.rng import Rng
 from mmufuzz.host.deviation import HOLD, RUN, Deviation
 from mmufuzz.host.sites import (
     BOOT,
-    IPI_ACK,
     N_SITES,
     SITE_NAMES,
     VCPU_ENTRY,
@@ -30,8 +29,27 @@ from mmufuzz.host.sites import (
 WINDOW: Final = 24
 """Shared accesses after a store among which a load that may overtake it is looked for."""
 
+SAMPLES: Final = 8
+"""Accesses kept of those by one thread, during one of its steps, to one word at one site: the first ones.
+
+A guest that spins makes thousands of them; what is looked for must not grow with their square.
+"""
+
+ACCESSES: Final = 400
+"""Accesses kept of each thread, the first ones."""
+
+SHARERS: Final = 12
+"""Accesses of a thread to one word that are paired with one of another thread, the first ones."""
+
 RELAX: Final = 40
 FLIP: Final = 20
+RARE: Final = 80
+"""Parts of a hundred, see ``Aims.schedule``. The figures are from bench/strategies.py."""
+
+RARE_TRIES: Final = 300
+"""Turns after which a kind of critical cycle is no longer rare."""
+
+ROUNDS: Final = 3
 
 # What an operation does, as far as races go.
 WRITE: Final = 1
@@ -52,7 +70,7 @@ def _site_kinds() -> list[int]:
             kind = WRITE
         elif name.endswith(".store"):
             kind = WRITE | BUFFERED
-        elif name.endswith(".fence") or site in (VCPU_ENTRY, VCPU_EXIT, IPI_ACK):
+        elif name.endswith(".fence") or site in (VCPU_ENTRY, VCPU_EXIT):
             kind = FENCE
         elif name.endswith((".load", ".walk", ".fetch")):
             kind = READ
@@ -77,6 +95,8 @@ class Access:
         """Barriers that the thread had passed."""
         self.thread = label_thread(label)
         self.kind = _KINDS[label_site(label)]
+        self.position = 0
+        """Among those of its thread."""
 
 
 class Cycle:
@@ -94,9 +114,14 @@ class Races:
 
     def __init__(self, trace: list[tuple[int, int, int]]) -> None:
         self.by_thread: list[list[Access]] = []
+        self.by_word: list[dict[int, list[Access]]] = []
+        """By thread and word."""
         self._collect(trace)
         self.cycles: list[list[Cycle]] = []
         """Grouped by their sites: every kind of race gets its turn, however often it comes."""
+        self.cycle_keys: list[int] = []
+        self.pair_keys: list[int] = []
+        """What kind of race each group is: equal in all runs and Cases."""
         self.pairs: list[list[tuple[Access, Access]]] = []
         """Two accesses of different threads, one of them a write, both orders; grouped by their sites."""
         self._find_pairs()
@@ -115,6 +140,7 @@ class Races:
         unlocked: list[int] = []
         locks: list[int] = []
         epochs: list[int] = []
+        seen: dict[int, int] = {}
         for label, address, _ in trace:
             if label <= BOOT:
                 continue
@@ -125,13 +151,17 @@ class Races:
                 locks.append(0)
                 epochs.append(0)
                 self.by_thread.append([])
+                self.by_word.append({})
             name = SITE_NAMES[label_site(label)]
             if _KINDS[label_site(label)] & FENCE:
                 epochs[thread] += 1
             word = address >> 3
             if address and touched[word] & (touched[word] - 1) and word in written:
-                access = Access(label, last[thread], unlocked[thread], word, epochs[thread])
-                self.by_thread[thread].append(access)
+                key = word << 40 | label >> 16
+                seen[key] = seen.get(key, 0) + 1
+                if seen[key] <= SAMPLES and len(self.by_thread[thread]) < ACCESSES:
+                    access = Access(label, last[thread], unlocked[thread], word, epochs[thread])
+                    self._add(access)
             if name.endswith(".lock"):
                 locks[thread] += 1
             elif name.endswith(".unlock"):
@@ -140,96 +170,116 @@ class Races:
                 unlocked[thread] = label
             last[thread] = label
 
+    def _add(self, access: Access) -> None:
+        accesses = self.by_thread[access.thread]
+        access.position = len(accesses)
+        accesses.append(access)
+        self.by_word[access.thread].setdefault(access.word, []).append(access)
+
     def _find_pairs(self) -> None:
-        by_word: dict[int, list[Access]] = {}
-        for accesses in self.by_thread:
-            for access in accesses:
-                by_word.setdefault(access.word, []).append(access)
         groups: dict[int, int] = {}
-        for accesses in by_word.values():
+        for accesses in self.by_thread:
             for first in accesses:
-                for second in accesses:
-                    if first.thread != second.thread and (first.kind | second.kind) & WRITE:
-                        key = label_site(first.label) * N_SITES + label_site(second.label)
-                        if key not in groups:
-                            groups[key] = len(self.pairs)
-                            self.pairs.append([])
-                        self.pairs[groups[key]].append((first, second))
+                for other in self.by_word:
+                    if other is self.by_word[first.thread]:
+                        continue
+                    for second in other.get(first.word, [])[:SHARERS]:
+                        if (first.kind | second.kind) & WRITE:
+                            key = label_site(first.label) * N_SITES + label_site(second.label)
+                            if key not in groups:
+                                groups[key] = len(self.pairs)
+                                self.pairs.append([])
+                                self.pair_keys.append(key)
+                            self.pairs[groups[key]].append((first, second))
 
     def _find_cycles(self) -> None:
         groups: dict[int, int] = {}
         for accesses in self.by_thread:
-            for position in range(len(accesses)):
-                store = accesses[position]
+            for store in accesses:
                 if not store.kind & BUFFERED:
                     continue
-                for load in accesses[position + 1 : position + 1 + WINDOW]:
+                for load in accesses[store.position + 1 : store.position + 1 + WINDOW]:
                     if load.epoch != store.epoch:
                         break
                     if load.kind & READ and load.word != store.word:
-                        for other in self.by_thread:
-                            self._close(store, load, other, groups)
+                        for other in self.by_word:
+                            if other is not self.by_word[store.thread]:
+                                self._close(store, load, other, groups)
 
-    def _close(self, store: Access, load: Access, other: list[Access], groups: dict[int, int]) -> None:
-        """Add the cycles of ``store`` and ``load`` with the accesses of another thread."""
-        if not other or other[0].thread == store.thread:
+    def _close(self, store: Access, load: Access, other: dict[int, list[Access]], groups: dict[int, int]) -> None:
+        """Add the cycles of ``store`` and ``load`` with the accesses of another thread, by word."""
+        if load.word not in other or store.word not in other:
             return
-        for position in range(len(other)):
-            if other[position].word != load.word or not other[position].kind & WRITE:
+        for answer in other[load.word]:
+            if not answer.kind & WRITE:
                 continue
             loads: list[Access] = []
-            for access in other[position + 1 :]:
-                if access.word == store.word and access.kind & READ:
+            for access in other[store.word]:
+                if access.kind & READ and access.position > answer.position:
                     loads.append(access)
             if loads:
-                sites = (store.label, load.label, other[position].label, loads[0].label)
-                key = 0
-                for label in sites:
+                key = 1
+                for label in (store.label, load.label, answer.label, loads[0].label):
                     key = key * N_SITES + label_site(label)
                 if key not in groups:
                     groups[key] = len(self.cycles)
                     self.cycles.append([])
-                self.cycles[groups[key]].append(Cycle(store, load, other[position], loads))
+                    self.cycle_keys.append(key)
+                self.cycles[groups[key]].append(Cycle(store, load, answer, loads))
 
-    # Schedules.
 
-    def schedule(self, rng: Rng) -> tuple[Deviation, ...]:
+class Aims:
+    """Chooses races and makes schedules for them, and counts how often each kind had its turn in a campaign.
+
+    A kind that every Case has is tried ten thousand times in a minute; the one that matters may be in one Case of a
+    hundred. So of a few kinds at hand the one that was tried least is taken.
+    """
+
+    def __init__(self) -> None:
+        self.tried: dict[int, int] = {}
+
+    def schedule(self, races: Races, rng: Rng) -> tuple[Deviation, ...]:
         """A schedule aimed at one race, or nothing: then a strategy that knows no races is due.
 
-        ``RELAX`` and ``FLIP`` of a hundred are the shares of the two aims where the run showed such races.
+        ``RELAX`` and ``FLIP`` of a hundred are the shares of the two aims where the run showed such races, ``RARE``
+        that of a critical cycle of a kind seldom tried.
         """
         choice = rng.below(100)
-        if choice < RELAX:
-            return self.relax(rng)
-        return self.flip(rng) if choice < RELAX + FLIP else ()
+        rarest = min([self.tried.get(key, 0) for key in races.cycle_keys], default=RARE_TRIES)
+        if choice < RELAX or (rarest < RARE_TRIES and choice < RARE):
+            return self.relax(races, rng)
+        return self.flip(races, rng) if choice < RELAX + FLIP else ()
 
-    def relax(self, rng: Rng) -> tuple[Deviation, ...]:
+    def relax(self, races: Races, rng: Rng) -> tuple[Deviation, ...]:
         """Aim at a critical cycle: both loads before both stores are visible. Empty if there is none."""
-        if not self.cycles:
+        if not races.cycles:
             return ()
-        group = self.cycles[rng.below(len(self.cycles))]
+        group = races.cycles[self._least_tried(races.cycle_keys, rng)]
         cycle = group[rng.below(len(group))]
         until = BOOT
-        if rng.chance(1, 2):
+        choice = rng.below(4)
+        if choice == 0:
             until = cycle.other_loads[rng.below(len(cycle.other_loads))].label
+        elif choice == 1:
+            until = cycle.other_loads[len(cycle.other_loads) - 1].label
         holder = cycle.store.thread
         other = cycle.other_store.thread
-        schedule = self._start(rng, holder, other)
-        choice = rng.below(4)
-        if choice < 2:
-            stop = cycle.other_store.before if choice == 0 else cycle.other_store.unlocked
+        schedule = start(rng, holder, other)
+        choice = rng.below(3)
+        if choice:
+            stop = cycle.other_store.before if choice == 1 else cycle.other_store.unlocked
             schedule.append(Deviation(RUN, stop, holder))
         schedule.append(Deviation(HOLD, cycle.store.label, holder, until))
         schedule.append(Deviation(RUN, cycle.load.label, other))
         return tuple(schedule)
 
-    def flip(self, rng: Rng) -> tuple[Deviation, ...]:
+    def flip(self, races: Races, rng: Rng) -> tuple[Deviation, ...]:
         """Aim at a racing pair: the second thread's access comes just before, or just after, the first's."""
-        if not self.pairs:
+        if not races.pairs:
             return ()
-        group = self.pairs[rng.below(len(self.pairs))]
+        group = races.pairs[self._least_tried(races.pair_keys, rng)]
         first, second = group[rng.below(len(group))]
-        schedule = self._start(rng, first.thread, second.thread)
+        schedule = start(rng, first.thread, second.thread)
         choice = rng.below(4)
         stop = first.label if choice == 0 else first.unlocked if choice == 1 else first.before
         schedule.append(Deviation(RUN, stop, second.thread))
@@ -239,8 +289,19 @@ class Races:
             schedule.append(Deviation(HOLD, first.label, first.thread, second.label))
         return tuple(schedule)
 
-    def _start(self, rng: Rng, one: int, other: int) -> list[Deviation]:
-        """Half of the schedules say which of two threads starts."""
-        if rng.chance(1, 2):
-            return []
-        return [Deviation(RUN, BOOT, one if rng.chance(1, 2) else other)]
+    def _least_tried(self, keys: list[int], rng: Rng) -> int:
+        """Index of the key with the fewest turns, of ``ROUNDS`` random ones; this is one more turn."""
+        best = rng.below(len(keys))
+        for _ in range(ROUNDS - 1):
+            index = rng.below(len(keys))
+            if self.tried.get(keys[index], 0) < self.tried.get(keys[best], 0):
+                best = index
+        self.tried[keys[best]] = self.tried.get(keys[best], 0) + 1
+        return best
+
+
+def start(rng: Rng, one: int, other: int) -> list[Deviation]:
+    """Half of the schedules say which of two threads starts."""
+    if rng.chance(1, 2):
+        return []
+    return [Deviation(RUN, BOOT, one if rng.chance(1, 2) else other)]

@@ -176,7 +176,6 @@ def test_the_observer_does_nothing_unless_told_otherwise() -> None:
     observer.guest_access(0, 0, 0, 0, False)
     observer.guest_fault(0, 0, 0)
     observer.guest_invalidated(0, -1)
-    observer.mmu_lock_releasing()
     observer.warn("site", "text")
     assert vars(observer) == {} if hasattr(observer, "__dict__") else True
 

@@ -105,16 +105,18 @@ class Forgetful(Strategy):
         state = 0 if self.forgets == "memory" else self.machine.memory.digest
         for thread in self.machine.host.threads:
             if self.forgets != "history":
-                state = mix(state, thread.history)
+                state = mix(state, thread.local_state())
             if self.forgets != "buffers":
                 for entry in thread.buffer.pending:
                     state = mix(state, entry.label)
                     if self.forgets != "holds":
                         state = mix(state, entry.held)
         self.inner.state = state
+        self.inner.events = self.events
         return self.inner.pick(current, enabled, label)
 
     def hold(self, label: int) -> bool:
+        self.inner.events = self.events
         return self.inner.hold(label)
 
 
