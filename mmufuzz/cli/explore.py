@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace, output: Output) -> Status:
         "states": result.states,
         "cost": result.cost,
         "guest_outcomes": {guest: reached.count for guest, reached in sorted(result.outcomes.items())},
+        "reached": result.reached if case.expect.reach else None,
         "finding": {"kind": found.kind, "fingerprint": found.fingerprint} if found is not None else None,
     }
     _tell(arguments, result, fields, output)
@@ -95,6 +96,8 @@ def _tell(arguments: argparse.Namespace, result: ExploreResult, fields: dict[str
         output.line(f"incomplete: a limit was hit; every schedule of at most {result.cost} deviations was run"
                     if result.cost >= 0 else "incomplete: a limit was hit")  # fmt: skip
     output.line(numbers)
+    if fields["reached"] is not None:
+        output.line(f"all marks of expect.reach were passed in at least {fields['reached']} of them")
 
 
 def _status(result: ExploreResult, interrupted: bool) -> Status:

@@ -172,6 +172,8 @@ class ExploreResult:
         self.outcomes: dict[str, Reached] = {}
         self.finding: Outcome | None = None
         self.cost = -1
+        self.reached = 0
+        """Runs that passed every mark of ``expect.reach``: with none, a complete search may have shown nothing."""
 
 
 def explore(
@@ -236,7 +238,15 @@ def _finished(result: ExploreResult, buckets: list[deque[Branch | None]], comple
 def explore_case(case: Case, bound: int | None, should_stop: Callable[[], bool]) -> ExploreResult:
     """``explore`` every schedule of ``case``; its own schedule is not followed, except for TLB deviations."""
 
-    def run_with(strategy: Strategy) -> Outcome:
-        return run(case, strategy, track=True)
+    reached = 0
 
-    return explore(run_with, bound, should_stop)
+    def run_with(strategy: Strategy) -> Outcome:
+        nonlocal reached
+        outcome = run(case, strategy, track=True)
+        if all(outcome.marks.get(mark, 0) for mark in case.expect.reach):
+            reached += 1
+        return outcome
+
+    result = explore(run_with, bound, should_stop)
+    result.reached = reached
+    return result
