@@ -31,7 +31,7 @@ def run(case: Case, strategy: Strategy | None = None, track: bool = False) -> Ou
     validate(case)
     for mark in case.expect.reach:
         if mark not in MARKS:
-            raise CaseError(f"expect.reach {mark!r}", "expected a mark that docs/reference/sites-labels-deviations.md lists")
+            raise CaseError(f"expect.reach {mark!r}", "expected a mark, as in docs/reference/sites-labels-deviations.md")
     host = Host(Memory(), case.memory_model == TSO, case.options.event_limit)
     host.track = track
     host.memory.track = track

@@ -142,6 +142,9 @@ class Campaign:
 
     def _found(self, record: Record) -> None:
         word = "new" if record.new else "known"
+        kernel = self.plan.kernel
+        if record.attributed is False and (kernel.revert or kernel.apply):
+            word += f", on {kernel.name} unchanged too:"
         self.say(
             f"{word} {record.kind} after {record.found_after_cases} cases, {record.found_after_seconds:.1f} s: "
             f"{record.fingerprint} ({record.case})"

@@ -18,13 +18,16 @@ from mmufuzz.case.mutate import mutate, splice
 from mmufuzz.case.rng import Rng
 from mmufuzz.host.deviation import EVICT, FILL
 from mmufuzz.outcome import OK, Outcome
-from mmufuzz.search.racing import Races
+from mmufuzz.search.racing import Aims, Races
 from mmufuzz.search.strategies import portfolio
 
 SCHEDULES: Final = 12
 """Schedules per Case; as many again whenever one of them reached something novel, up to ``MOST_SCHEDULES``."""
 
 MOST_SCHEDULES: Final = 72
+
+FRESH: Final = 60
+"""Cases, of a hundred, that are not derived from others."""
 
 STARTING_POINTS: Final = 200
 """Cases of the corpus that are run first."""
@@ -39,6 +42,7 @@ class RandomEngine:
         self.budget = budget
         self.tick = tick
         self.cases = 0
+        self.aims = Aims()
 
     def run(self) -> None:
         """Go on until the budget is spent or the campaign is stopped."""
@@ -65,7 +69,7 @@ class RandomEngine:
         """The Case to try: a fresh one, or a change to one that was worth keeping."""
         rng = self.rng.fork()
         pool = self.recorder.corpus.cases
-        if not pool or rng.chance(1, 2):
+        if not pool or rng.chance(FRESH, 100):
             case = generate(rng)
         elif len(pool) > 1 and rng.chance(1, 4):
             case = splice(rng, pool[rng.below(len(pool))], pool[rng.below(len(pool))])
@@ -82,7 +86,8 @@ class RandomEngine:
         length = outcome.events
         races = Races(outcome.trace)
         bare = replace(case, schedule=tuple(item for item in case.schedule if item.kind in (EVICT, FILL)))
-        left = schedules
+        # One thread alone has one schedule.
+        left = schedules if len(case.vcpus) + len(case.host) > 1 else 0
         spent = 0
         while left > 0 and spent < MOST_SCHEDULES and not self._over_time():
             known = len(recorder.corpus.features)
@@ -98,7 +103,7 @@ class RandomEngine:
     def _run(self, case: Case, length: int, races: Races) -> Outcome:
         """One run under a schedule aimed at one of ``races``, or under a strategy that knows nothing of them."""
         rng = Rng(self.rng.next64())
-        aimed = races.schedule(rng)
+        aimed = self.aims.schedule(races, rng)
         if aimed:
             return self.recorder.check(replace(case, schedule=aimed + case.schedule))
         return self.recorder.check(case, portfolio(rng.next64(), length))

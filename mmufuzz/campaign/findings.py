@@ -28,7 +28,8 @@ class Record:
 
     ``case``: path of the reproducer. ``instructions``, ``edits`` (words of initial guest memory) and ``deviations``
     measure it. ``seen_in``: a file that had the fingerprint before this campaign, or "". ``hits``: how often it came
-    up.
+    up. ``attributed``: whether the fixes that the campaign reverted or applied are to blame, False if the unchanged
+    kernel shows it too or nothing was changed, None if nobody looked.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Record:
     detail: str = ""
     seen_in: str = ""
     confirmed: bool = True
+    attributed: bool | None = None
     hits: int = 1
 
     def as_json(self) -> dict[str, Any]:
@@ -120,6 +122,7 @@ class FindingStore:
             finding.detail,
             place,
             bool(first_seen.get("confirmed", True)),
+            first_seen.get("attributed"),
         )
         save(case, path)
         original_form = base64.b64encode(case_bytes.encode(original)).decode()

@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from mmufuzz.campaign.attribution import SCHEDULES, attributed, shows
 from mmufuzz.campaign.budget import Budget, Stop
 from mmufuzz.campaign.corpus import Corpus
 from mmufuzz.campaign.features import features
 from mmufuzz.campaign.findings import FindingStore, Record
 from mmufuzz.campaign.kernel import Kernel
-from mmufuzz.campaign.reducing import shows, shrink
+from mmufuzz.campaign.reducing import shrink
 from mmufuzz.campaign.running import safe_run
 from mmufuzz.campaign.tally import EngineTally, Tally
 from mmufuzz.case.model import Case
@@ -82,6 +83,7 @@ class Recorder:
     def _record(self, case: Case, finding: Finding) -> None:
         if self.store.again(finding.fingerprint):
             return
+        original = case
         confirmed = shows(safe_run(case), finding) is not None
         first_seen: dict[str, object] = {
             "engine": self.engine,
@@ -96,16 +98,23 @@ class Recorder:
         }
         # The reproducer is on disk before it is minimal: a reduction may be interrupted.
         record = self.store.add(case, case, finding, first_seen)
-        if confirmed and self.reduce_findings and len(self.store.records) <= MAX_REDUCED and not self.stop.requested:
+        if confirmed and record.new and self._may_reduce():
             patience = Budget(REDUCE_SECONDS)
             small, _ = shrink(
                 case, finding, REDUCE_RUNS, lambda: self.stop.requested or patience.spent(0), lambda runs: None
             )
             detail = shows(safe_run(small), finding)
             if detail is not None:
-                record = self.store.add(case, small, detail, first_seen)
+                case, finding = small, detail
+        if confirmed:
+            # What is known was searched for by hand: one look is enough.
+            first_seen["attributed"] = attributed(case, finding, SCHEDULES if record.new else 0)
+            record = self.store.add(original, case, finding, first_seen)
         if self.on_finding is not None:
             self.on_finding(record)
+
+    def _may_reduce(self) -> bool:
+        return self.reduce_findings and len(self.store.records) <= MAX_REDUCED and not self.stop.requested
 
 
 def stuck(outcome: Outcome) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mmufuzz.campaign.attribution import changed, shown_unchanged, shows
 from mmufuzz.campaign.running import safe_run
 from mmufuzz.case.model import Case
 from mmufuzz.host.strategy import Strategy
@@ -11,17 +12,11 @@ from mmufuzz.outcome import Finding, Outcome
 from mmufuzz.search.edits import key
 from mmufuzz.search.reduce import ReduceError, reduce
 
+__all__ = ["shows", "shrink"]
+
 
 class _EnoughError(Exception):
     """Leaves a reduction."""
-
-
-def shows(outcome: Outcome, finding: Finding) -> Finding | None:
-    """The finding of ``outcome`` that has the fingerprint of ``finding``."""
-    for other in outcome.findings:
-        if other.fingerprint == finding.fingerprint:
-            return other
-    return None
 
 
 def shrink(
@@ -29,10 +24,12 @@ def shrink(
 ) -> tuple[Case, int]:
     """``case`` made as small as ``runs`` runs allow while it still shows ``finding``; and the runs it took.
 
-    ``should_stop`` is asked before each run; ``tick`` is told how many were made.
+    The kernel and its changes stay. What the unchanged kernel shows too is no reproducer of a finding that the
+    changes are to blame for. ``should_stop`` is asked before each run; ``tick`` is told how many were made.
     """
     best = case
     made = 0
+    blamed = changed(case) and not shown_unchanged(case, finding)
 
     def attempt(candidate: Case, strategy: Strategy | None) -> Outcome:
         nonlocal best, made
@@ -41,12 +38,15 @@ def shrink(
         made += 1
         tick(made)
         outcome = safe_run(candidate, strategy)
-        if strategy is None and key(candidate) < key(best) and shows(outcome, finding) is not None:
-            best = candidate
+        if strategy is None and shows(outcome, finding) is not None:
+            if blamed and shown_unchanged(candidate, finding):
+                return Outcome()
+            if key(candidate) < key(best):
+                best = candidate
         return outcome
 
     try:
-        return reduce(case, finding.fingerprint, attempt, runs).case, made
+        return reduce(case, finding.fingerprint, attempt, runs, keep_kernel=True).case, made
     except (_EnoughError, ReduceError):
         # A reduction that ended early, or in something that does not replay, still leaves the best that did.
         return best, made

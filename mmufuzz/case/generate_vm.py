@@ -98,7 +98,8 @@ class Machine:
 class Machines:
     """The VM: what all vCPUs share, and the random choices that build it."""
 
-    def __init__(self, rng: Rng, options: GenerateOptions) -> None:
+    def __init__(self, rng: Rng, options: GenerateOptions, nested: int = 12) -> None:
+        """``nested``: in how many of a hundred the paging vCPUs are L2 guests."""
         self.rng = rng
         self.options = options
         self.tables = TableBuilder(list(_TABLES))
@@ -107,7 +108,7 @@ class Machines:
         self.data_gfns = list(DATA)
         self.tracked: list[int] = []
         self.fep = options.fep and rng.chance(3, 4)
-        self.nested = options.nested and rng.chance(1, 8)
+        self.nested = options.nested and rng.chance(nested, 100)
         if rng.chance(1, 8):
             self.slots.append(Slot(_ODD_SLOT.base_gfn, _ODD_SLOT.npages, rng.chance(1, 2)))
             self.data_gfns.append(_ODD_SLOT.base_gfn + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from mmufuzz.case.generate_insn import FEP, PLAIN, RMW, UNEMULATED, Program
+from mmufuzz.case.generate_insn import FEP, PLAIN, RCX, RMW, UNEMULATED, Program
 from mmufuzz.case.model import (
     CODE_SLOT,
     FLAT32,
@@ -54,7 +54,7 @@ def mutate(rng: Rng, case: Case) -> Case:
     case = replace(case, expect=Expect(), comment="")
     for _ in range(1 + rng.below(3)):
         case = repair(_change(rng, case))
-    return case
+    return _bound_counts(case)
 
 
 def splice(rng: Rng, a: Case, b: Case) -> Case:
@@ -74,11 +74,24 @@ def splice(rng: Rng, a: Case, b: Case) -> Case:
     memory = a.memory + b.memory if rng.chance(1, 2) else a.memory
     schedule = a.schedule + b.schedule if rng.chance(1, 2) else a.schedule
     host = b.host if rng.chance(1, 4) else a.host
-    return repair(
-        replace(
-            a, memory=memory, vcpus=tuple(vcpus), host=host, schedule=schedule, expect=Expect(), comment=""
-        )
+    spliced = replace(
+        a, memory=memory, vcpus=tuple(vcpus), host=host, schedule=schedule, expect=Expect(), comment=""
     )
+    return _bound_counts(repair(spliced))
+
+
+def _bound_counts(case: Case) -> Case:
+    """With fewer than 256 in the RCX of programs that repeat a string instruction: more of the same takes only time."""
+    for index in range(len(case.vcpus)):
+        vcpu = case.vcpus[index]
+        if any(_repeats(step) for step in vcpu.program):
+            regs = tuple([(number, value & 0xFF if number == RCX else value) for number, value in vcpu.regs])
+            case = _with_vcpu(case, index, replace(vcpu, regs=regs))
+    return case
+
+
+def _repeats(step: bytes) -> bool:
+    return (b"\xf3" in step or b"\xf2" in step) and any(opcode in step for opcode in (0xA4, 0xA5, 0xAA, 0xAB))
 
 
 def _change(rng: Rng, case: Case) -> Case:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from mmufuzz.case.model import Case, HostThread, Options, Vcpu
+from mmufuzz.case.model import FLAT32, Case, HostThread, Options, Vcpu, Word
+from mmufuzz.case.tables import PS, P, frame
 from mmufuzz.host.deviation import HOLD, RUN, Deviation
 from mmufuzz.host.sites import BOOT, label, label_occurrence, label_site, label_step, label_thread
 
 GONE: Final = -1
+_FRAME: Final = (1 << 52) - (1 << 12)
 
 Key = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
 
@@ -190,3 +192,53 @@ def with_vcpu(case: Case, index: int, vcpu: Vcpu) -> Case:
 def with_deviation(case: Case, index: int, deviation: Deviation) -> Case:
     """With entry ``index`` of the schedule replaced."""
     return replace(case, schedule=(*case.schedule[:index], deviation, *case.schedule[index + 1 :]))
+
+
+def table_levels(case: Case) -> dict[int, int]:
+    """Level, 4 to 1, of each page table that some vCPU reaches, by gfn; the highest if it has several."""
+    levels: dict[int, int] = {}
+    tables = [vcpu.cr3 for vcpu in case.vcpus if vcpu.mode != FLAT32]
+    for level in (4, 3, 2, 1):
+        below: list[int] = []
+        for gfn in tables:
+            if gfn not in levels:
+                levels[gfn] = level
+                for word in case.memory:
+                    if word.gfn == gfn and word.value & P and not word.value & PS:
+                        below.append(frame(word.value))
+        tables = below
+    return levels
+
+
+def merge_frames(case: Case, gone: int, kept: int) -> Case:
+    """With all that is in frame ``gone`` in frame ``kept``, and all that points at the one pointing at the other.
+
+    Where both frames have the same word, that of ``kept`` stays; if the two are entries that point at different
+    frames, these are merged too.
+    """
+    moved = {gone: kept}
+    merging = True
+    words: dict[int, Word] = {}
+    while merging:
+        merging = False
+        words = {}
+        for word in case.memory:
+            gfn = _moved(moved, word.gfn)
+            value = word.value
+            if value & P:
+                value = value & ~_FRAME | _moved(moved, frame(value)) << 12
+            place = gfn << 9 | word.index
+            if place not in words:
+                words[place] = Word(gfn, word.index, value)
+            elif value & words[place].value & P and frame(value) != frame(words[place].value):
+                moved[frame(value)] = frame(words[place].value)
+                merging = True
+                break
+    vcpus = tuple([replace(vcpu, cr3=_moved(moved, vcpu.cr3)) for vcpu in case.vcpus])
+    return replace(case, memory=tuple(words.values()), vcpus=vcpus)
+
+
+def _moved(moved: dict[int, int], gfn: int) -> int:
+    while gfn in moved:
+        gfn = moved[gfn]
+    return gfn

@@ -18,7 +18,7 @@ from mmufuzz.case.error import CaseError
 from mmufuzz.case.model import Case, Options
 from mmufuzz.case.rng import Rng
 from mmufuzz.host.deviation import HOLD, RUN, Deviation
-from mmufuzz.host.sites import BOOT, label_step, label_thread
+from mmufuzz.host.sites import BOOT
 from mmufuzz.host.strategy import Strategy
 from mmufuzz.outcome import Outcome
 from mmufuzz.run import run
@@ -26,7 +26,9 @@ from mmufuzz.search.edits import (
     drop_steps,
     drop_thread,
     key,
+    merge_frames,
     step_count,
+    table_levels,
     thread_count,
     vcpu_first,
     with_deviation,
@@ -34,6 +36,7 @@ from mmufuzz.search.edits import (
 )
 from mmufuzz.search.explore import explore
 from mmufuzz.search.strategies import Sparse
+from mmufuzz.search.trace_edits import earlier, slid, stored
 
 RunFn = Callable[[Case, Strategy | None], Outcome]
 
@@ -47,6 +50,8 @@ MOVES: Final = 8
 """Earlier labels tried for each end of a deviation."""
 
 REPLAYS: Final = 3
+
+PAGE_OFFSET: Final = 0xFFF
 
 
 @mypyc_attr(native_class=False)
@@ -64,13 +69,16 @@ class ReduceResult:
         self.exhausted = exhausted
 
 
-def reduce(case: Case, fingerprint: str, run_fn: RunFn = run, budget: int = 2000) -> ReduceResult:
+def reduce(
+    case: Case, fingerprint: str, run_fn: RunFn = run, budget: int = 2000, keep_kernel: bool = False
+) -> ReduceResult:
     """Make ``case`` as small as possible while a finding with ``fingerprint`` (and its kind) stays.
 
-    At most ``budget`` runs, and three more that check the result. Raises ``ReduceError`` if ``case`` does not show
-    the finding or the result does not replay.
+    At most ``budget`` runs, and three more that check the result. ``keep_kernel``: fixes that the Case reverts or
+    applies stay as they are. Raises ``ReduceError`` if ``case`` does not show the finding or the result does not
+    replay.
     """
-    reducer = Reducer(case, fingerprint, run_fn, budget)
+    reducer = Reducer(case, fingerprint, run_fn, budget, keep_kernel)
     reducer.fixed_point()
     outcome = reducer.outcome
     for number in range(REPLAYS):
@@ -87,9 +95,10 @@ def reduce(case: Case, fingerprint: str, run_fn: RunFn = run, budget: int = 2000
 class Reducer:
     """The smallest Case so far and the runs left."""
 
-    def __init__(self, case: Case, fingerprint: str, run_fn: RunFn, budget: int) -> None:
+    def __init__(self, case: Case, fingerprint: str, run_fn: RunFn, budget: int, keep_kernel: bool = False) -> None:
         self.run_fn = run_fn
         self.budget = budget
+        self.keep_kernel = keep_kernel
         self.runs = 1
         self.exhausted = False
         self.kind = ""
@@ -119,6 +128,7 @@ class Reducer:
             self.drop_threads()
             self.drop_steps()
             self.drop_memory()
+            self.merge_tables()
             self.drop_deviations()
             self.drop_configuration()
             if self.case == before:
@@ -178,29 +188,12 @@ class Reducer:
                 while last > 0:
                     first = max(0, last - size)
                     if not self.attempt(drop_steps(self.case, thread, first, last)):
-                        self.attempt(drop_steps(self._slid(thread, first, last), thread, first, last))
+                        moved = slid(self.case, self.outcome.trace, thread, first, last)
+                        if not self.attempt(drop_steps(moved, thread, first, last)):
+                            done = stored(moved, self.outcome.trace, thread, first, last)
+                            self.attempt(drop_steps(done, thread, first, last))
                     last = first
                 size //= 2
-
-    def _slid(self, thread: int, first: int, last: int) -> Case:
-        """The Case with preemptions and ends of holds in steps ``first``..``last`` - 1 moved to before those steps."""
-        schedule = []
-        for deviation in self.case.schedule:
-            if deviation.kind == RUN:
-                deviation = replace(deviation, at=self._before(deviation.at, thread, first, last))
-            schedule.append(replace(deviation, until=self._before(deviation.until, thread, first, last)))
-        return replace(self.case, schedule=tuple(schedule))
-
-    def _before(self, packed: int, thread: int, first: int, last: int) -> int:
-        if packed == BOOT or label_thread(packed) != thread or not first <= label_step(packed) < last:
-            return packed
-        previous = BOOT
-        for entry, _, _ in self.outcome.trace:
-            if entry == packed:
-                break
-            if entry > 0 and label_thread(entry) == thread and not first <= label_step(entry) < last:
-                previous = entry
-        return previous
 
     def drop_memory(self) -> None:
         """Drop blocks of initial memory words."""
@@ -213,6 +206,14 @@ class Reducer:
                 self.attempt(replace(self.case, memory=memory[:first] + memory[last:]))
                 last = first
             size //= 2
+
+    def merge_tables(self) -> None:
+        """Merge page tables of one level. Not of several: a table that maps itself is harder to read, not simpler."""
+        levels = table_levels(self.case)
+        for gone in reversed(list(levels)):
+            for kept in levels:
+                if gone != kept and levels[gone] == levels[kept]:
+                    self.attempt(merge_frames(self.case, gone, kept))
 
     def drop_deviations(self) -> None:
         """Drop blocks of deviations, then the choice of a first thread (by renumbering), then the ends of holds."""
@@ -247,11 +248,15 @@ class Reducer:
                 self.attempt(with_vcpu(self.case, index, replace(vcpu, flags=vcpu.flags[:at] + vcpu.flags[at + 1 :])))
         for at in range(len(self.case.slots) - 1, -1, -1):
             self.attempt(replace(self.case, slots=self.case.slots[:at] + self.case.slots[at + 1 :]))
+        if not self.keep_kernel:
+            self._drop_changes()
+        self._reset_options()
+
+    def _drop_changes(self) -> None:
         for at in range(len(self.case.revert) - 1, -1, -1):
             self.attempt(replace(self.case, revert=self.case.revert[:at] + self.case.revert[at + 1 :]))
         for at in range(len(self.case.apply) - 1, -1, -1):
             self.attempt(replace(self.case, apply=self.case.apply[:at] + self.case.apply[at + 1 :]))
-        self._reset_options()
 
     def _reset_options(self) -> None:
         default = Options()
@@ -304,11 +309,11 @@ class Reducer:
         """Move deviations to earlier events of the same thread, and run lower-numbered threads."""
         index = 0
         while index < len(self.case.schedule):
-            for packed in self._earlier(self.case.schedule[index].at):
+            for packed in earlier(self.outcome.trace, self.case.schedule[index].at, MOVES):
                 if index < len(self.case.schedule):
                     self.attempt(with_deviation(self.case, index, replace(self.case.schedule[index], at=packed)))
             if index < len(self.case.schedule) and self.case.schedule[index].until != BOOT:
-                for packed in self._earlier(self.case.schedule[index].until):
+                for packed in earlier(self.outcome.trace, self.case.schedule[index].until, MOVES):
                     if index < len(self.case.schedule):
                         self.attempt(with_deviation(self.case, index, replace(self.case.schedule[index], until=packed)))
             if index < len(self.case.schedule) and self.case.schedule[index].kind == RUN:
@@ -316,22 +321,6 @@ class Reducer:
                     deviation = self.case.schedule[index]
                     self.attempt(with_deviation(self.case, index, Deviation(RUN, deviation.at, actor)))
             index += 1
-
-    def _earlier(self, packed: int) -> list[int]:
-        """Some labels of the same thread before ``packed`` in the last run: the first ones and the last ones."""
-        labels: list[int] = []
-        if packed == BOOT:
-            return labels
-        seen: dict[int, bool] = {}
-        for entry, _, _ in self.outcome.trace:
-            if entry == packed:
-                break
-            if entry > 0 and label_thread(entry) == label_thread(packed) and entry not in seen:
-                seen[entry] = True
-                labels.append(entry)
-        if len(labels) <= MOVES:
-            return labels
-        return labels[: MOVES // 2] + labels[-(MOVES // 2) :]
 
     # Search over schedules.
 
@@ -404,10 +393,13 @@ class CheaperSearch:
 
 
 def simpler_values(value: int) -> list[int]:
-    """Zero, then the value with single bits cleared, high ones first; at most 13."""
+    """Zero, the page without the offset, the offset alone; then single bits cleared, high ones first; at most 15."""
     values = [0] if value else []
+    for part in (value & ~PAGE_OFFSET, value & PAGE_OFFSET):
+        if part and part != value:
+            values.append(part)
     rest = value
-    while rest and len(values) < 13:
+    while rest and len(values) < 15:
         bit = 1 << (rest.bit_length() - 1)
         rest ^= bit
         values.append(value ^ bit)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmufuzz.campaign.attribution import attributed, shown_unchanged
 from mmufuzz.campaign.budget import Budget, Stop, parse_duration
 from mmufuzz.campaign.corpus import Corpus, files, load_directory
 from mmufuzz.campaign.expect import unmet
@@ -19,15 +20,19 @@ from mmufuzz.campaign.files import InputError, write_atomic
 from mmufuzz.campaign.findings import FindingStore, Record, slug
 from mmufuzz.campaign.kernel import Kernel
 from mmufuzz.campaign.plan import Plan, missing, shares
+from mmufuzz.campaign.recorder import Recorder
+from mmufuzz.campaign.reducing import shrink
 from mmufuzz.campaign.tally import Tally
 from mmufuzz.case import bytes as case_bytes
 from mmufuzz.case import toml
 from mmufuzz.case.error import CaseError
 from mmufuzz.case.generate import generate
-from mmufuzz.case.model import FINDING, Case, Expect
+from mmufuzz.case.model import FINDING, Case, Expect, Options, Slot, Vcpu, Word
 from mmufuzz.case.rng import Rng
-from mmufuzz.host.sites import COUNT_LOAD, COUNT_STORE, GPTE_LOAD, N_SITES, label
+from mmufuzz.host.deviation import HOLD, RUN, Deviation
+from mmufuzz.host.sites import COUNT_LOAD, COUNT_STORE, EMUL_STORE, GPTE_LOAD, N_SITES, THREAD_START, label
 from mmufuzz.outcome import Finding, Outcome
+from mmufuzz.run import run
 
 CASE = generate(Rng(7))
 RACE = Finding("coherence", "coherence|fetch|L1", "a stale translation", 0)
@@ -222,3 +227,76 @@ def test_without_a_checkout_only_the_random_engine_runs_and_the_others_say_why()
 def test_a_harness_asked_for_by_name_is_the_only_one(tmp_path: Path) -> None:
     chosen, _ = shares(plan(harness="state_machine", engine="hypothesis", checkout=tmp_path))
     assert [share.name for share in chosen] == ["hypothesis:state_machine"]
+
+
+def barrier(revert: tuple[str, ...]) -> Case:
+    """The store-buffering race of the zoo's first entry, in two instructions, on v6.12 without ``revert``."""
+    tables = [Word(gfn, 0, (gfn + 1) << 12 | 0x27) for gfn in (4, 5, 6)]
+    fep_store = bytes.fromhex("0f0b6b766d890f")  # mov [edi], ecx
+    return Case(
+        revert=revert,
+        options=Options(fep=True),
+        slots=(Slot(0, 16),),
+        memory=(*tables, Word(7, 18, 2 << 12 | 0x67)),
+        vcpus=(
+            Vcpu("flat32", code_gva=0x1000, code_gfn=1, regs=((7, 0x4000),), program=(fep_store,)),
+            Vcpu("long4", cr3=4, code_gva=0x12000, code_gfn=2, program=(b"\x90",)),
+        ),
+        schedule=(
+            Deviation(RUN, label(1, 0, THREAD_START, 1), 0),
+            Deviation(HOLD, label(0, 0, EMUL_STORE, 1), 0),
+        ),
+    )
+
+
+def test_a_finding_that_only_the_changed_kernel_shows_is_attributed_to_the_change() -> None:
+    case = barrier(("track-write-barrier",))
+    (finding,) = run(case).findings
+    assert attributed(case, finding, 20)
+    assert not shown_unchanged(case, finding)
+
+
+def test_a_finding_of_the_unchanged_kernel_is_not_attributed_to_a_change() -> None:
+    (finding,) = run(barrier(("track-write-barrier",))).findings
+    # On 6.8, which lacks the barrier, reverting something else changes nothing about it.
+    case = replace(barrier(("retry-guard",)), kernel="v6.8")
+    assert finding.fingerprint in [other.fingerprint for other in run(case).findings]
+    assert not attributed(case, finding)
+    assert not attributed(replace(case, revert=()), finding)
+
+
+def test_a_reduction_keeps_the_kernel_and_what_is_attributed_to_it() -> None:
+    case = barrier(("track-write-barrier", "retry-guard"))
+    (finding,) = run(case).findings
+    small, runs = shrink(case, finding, 400, lambda: False, lambda made: None)
+    assert (small.kernel, small.revert) == (case.kernel, case.revert)
+    assert runs > 10 and attributed(small, finding, 0)
+
+
+def test_the_record_says_whether_the_change_is_to_blame(tmp_path: Path) -> None:
+    kernel = Kernel("v6.12", ("track-write-barrier",))
+    store = FindingStore(tmp_path, None)
+    recorder = Recorder(kernel, store, Corpus(None), Tally(), Stop(), Budget())
+    recorder.begin("test", 1)
+    recorder.check(barrier(kernel.revert))
+    (record,) = store.records.values()
+    assert record.attributed and record.as_json()["attributed"] is True
+    assert json.loads(Path(record.case).with_suffix(".json").read_text())["attributed"] is True
+    saved = toml.load(record.case)
+    assert saved.expect.fingerprint == record.fingerprint and saved.revert == kernel.revert
+    assert record.instructions == 2 and record.deviations <= 2
+
+
+def test_a_known_finding_is_not_reduced_again(tmp_path: Path) -> None:
+    case = barrier(("track-write-barrier",))
+    noisy = replace(case, vcpus=(*case.vcpus, Vcpu("flat32", code_gva=0x3000, code_gfn=3, program=(b"\x90",) * 3)))
+    (finding,) = run(noisy).findings
+    (tmp_path / "corpus" / "known").mkdir(parents=True)
+    known = replace(case, expect=Expect(FINDING, finding.kind, finding.fingerprint))
+    (tmp_path / "corpus" / "known" / "barrier.toml").write_text(toml.dumps(known))
+    store = FindingStore(tmp_path / "findings", tmp_path / "corpus")
+    recorder = Recorder(Kernel("v6.12", case.revert), store, Corpus(None), Tally(), Stop(), Budget())
+    recorder.begin("test", 1)
+    recorder.check(noisy)
+    (record,) = store.records.values()
+    assert not record.new and record.instructions == 5

@@ -223,3 +223,20 @@ def test_tables_in_use_are_what_the_roots_lead_to() -> None:
     root = case.vcpus[1].cr3
     assert root in tables
     assert {word.value >> 12 & 0xFFFF for word in case.memory if word.gfn == root and word.value & 1} <= set(tables)
+
+
+def test_mutants_do_not_repeat_string_instructions_for_long() -> None:
+    program = Program(True)
+    program.string(False, 0x5000, 0, 3, False)
+    case = Case(vcpus=(Vcpu("long4", regs=((1, 1 << 40 | 7), (7, 0x5000)), program=tuple(program.steps)),))
+    for seed in range(50):
+        for changed in (mutate(Rng(seed), case), splice(Rng(seed), case, case)):
+            for vcpu in changed.vcpus:
+                repeated = any(b"\xf3\x48\xab" in step for step in vcpu.program)
+                assert not repeated or dict(vcpu.regs).get(1, 0) < 256
+
+
+def test_half_of_the_root_races_are_on_a_nested_page_table() -> None:
+    made = [generate_shape(Rng(seed), "root-race") for seed in range(200)]
+    nested = sum(any(vcpu.mode == "npt4" for vcpu in case.vcpus) for case in made)
+    assert 70 < nested < 130
