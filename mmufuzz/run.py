@@ -31,7 +31,7 @@ def run(case: Case, strategy: Strategy | None = None, track: bool = False) -> Ou
     validate(case)
     for mark in case.expect.reach:
         if mark not in MARKS:
-            raise CaseError(f"expect.reach {mark!r}", "expected a mark, as in docs/reference/sites-labels-deviations.md")
+            raise CaseError(f"expect.reach {mark!r}", "expected a mark; the reference of sites and labels lists them")
     host = Host(Memory(), case.memory_model == TSO, case.options.event_limit)
     host.track = track
     host.memory.track = track

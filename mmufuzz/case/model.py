@@ -61,9 +61,9 @@ class Vcpu:
 
     ``flags``: any of "wp", "smep", "smap", "nx". ``cr3`` is the gfn of the root table (LONG4) or of the nested
     page table's root (NPT4; such a vCPU implies a VM with TDP, so LONG4 vCPUs cannot stand beside it).
-    ``code_gva`` (page aligned) is where the program runs, ``code_gfn`` the first frame it is stored in. ``regs`` are pairs of register
-    number (0..15, encoding order) and value. Each step of ``program`` holds 1..15 instruction bytes, a
-    forced-emulation prefix included. Where a step's bytes end, execution goes on at the next step.
+    ``code_gva`` (page aligned) is where the program runs, ``code_gfn`` the first frame it is stored in. ``regs`` are
+    pairs of register number (0..15, encoding order) and value. Each step of ``program`` holds 1..15 instruction bytes,
+    a forced-emulation prefix included. Where a step's bytes end, execution goes on at the next step.
     """
 
     mode: str

@@ -42,7 +42,7 @@ SHARERS: Final = 12
 """Accesses of a thread to one word that are paired with one of another thread, the first ones."""
 
 RELAX: Final = 40
-FLIP: Final = 20
+FLIP: Final = 30
 RARE: Final = 80
 """Parts of a hundred, see ``Aims.schedule``. The figures are from bench/strategies.py."""
 
