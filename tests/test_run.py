@@ -33,6 +33,12 @@ def test_a_guest_that_loops_is_suspect_when_the_limit_is_hit() -> None:
     assert (outcome.verdict, [finding.kind for finding in outcome.findings]) == (SUSPECT, ["suspect"])
 
 
+def test_a_rep_store_to_mmio_meets_the_event_limit() -> None:
+    case = flat32("rep stosb", event_limit=500)
+    guest = replace(case.vcpus[0], regs=((1, 0x7FFFFFFF), (7, 0x100000)))
+    assert run(replace(case, vcpus=(guest,))).verdict == SUSPECT
+
+
 def test_guests_that_differ_in_memory_alone_have_different_guest_digests() -> None:
     one = run(flat32("mov dword [eax], 1"))
     two = run(flat32("mov dword [eax], 2"))

@@ -26,6 +26,9 @@ SCHEDULES: Final = 12
 
 MOST_SCHEDULES: Final = 72
 
+MOST_EVENTS: Final = 15_000
+"""Events of one Case's runs after which it gets no more schedules: one that runs long costs as much as fifty others."""
+
 FRESH: Final = 60
 """Cases, of a hundred, that are not derived from others."""
 
@@ -89,11 +92,13 @@ class RandomEngine:
         # One thread alone has one schedule.
         left = schedules if len(case.vcpus) + len(case.host) > 1 else 0
         spent = 0
-        while left > 0 and spent < MOST_SCHEDULES and not self._over_time():
+        events = length
+        while left > 0 and spent < MOST_SCHEDULES and events < MOST_EVENTS and not self._over_time():
             known = len(recorder.corpus.features)
             outcome = self._run(bare, length, races)
             left -= 1
             spent += 1
+            events += outcome.events
             if outcome.verdict != OK:
                 return
             if len(recorder.corpus.features) > known:

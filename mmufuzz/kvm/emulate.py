@@ -262,7 +262,11 @@ class EmulatorBus(Bus):
         return True
 
     def _mmio_exit(self, what: str, gpa: int) -> None:
-        """KVM_EXIT_MMIO; the modelled userspace has no device there."""
+        """KVM_EXIT_MMIO; the modelled userspace has no device there.
+
+        The access is a visible operation like one to memory, so that a REP instruction on MMIO meets the event limit.
+        """
+        self.vcpu.kvm.host.point(EMUL_STORE if what == "write" else EMUL_LOAD)
         self.vcpu.userspace_exits.append(f"mmio {what} {gpa:#x}")
         self.vcpu.kvm.mark("exit_userspace.mmio")
 

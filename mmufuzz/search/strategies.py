@@ -275,8 +275,8 @@ class BytesStrategy(Strategy):
 def portfolio(seed: int, length: int) -> Strategy:
     """One of the strategies with random parameters, all drawn from ``seed``.
 
-    Weights follow bench/strategies.py: no strategy wins everywhere. Sparse deviations find store-buffer shapes, random
-    walks orders, each about twice as often as the other.
+    Weights follow bench/strategies.py: no strategy wins everywhere. Sparse deviations are better at store-buffer
+    shapes, random walks at orders.
     """
     rng = Rng(seed)
     kind = rng.below(16)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mmufuzz.campaign.attribution import attributed, shown_unchanged
 from mmufuzz.campaign.budget import Budget, Stop, parse_duration
 from mmufuzz.campaign.corpus import Corpus, files, load_directory
+from mmufuzz.campaign.engine_random import RandomEngine
 from mmufuzz.campaign.expect import unmet
 from mmufuzz.campaign.features import pairs
 from mmufuzz.campaign.files import InputError, write_atomic
@@ -300,3 +301,19 @@ def test_a_known_finding_is_not_reduced_again(tmp_path: Path) -> None:
     recorder.check(noisy)
     (record,) = store.records.values()
     assert not record.new and record.instructions == 5
+
+
+def schedules_of(case: Case, tmp_path: Path) -> int:
+    """How many runs the random engine gives ``case``, found in a corpus of its own, and every Case after it."""
+    recorder = Recorder(Kernel(), FindingStore(tmp_path, None), Corpus(None), Tally(), Stop(), Budget())
+    recorder.begin("random", 1)
+    engine = RandomEngine(recorder, 1, Budget(None, 1), lambda: None)
+    recorder.corpus.cases.append(case)
+    engine.run()
+    return recorder.tally.schedules
+
+
+def test_a_case_of_one_thread_is_run_once_and_one_of_two_also_under_another_schedule(tmp_path: Path) -> None:
+    two = barrier(())
+    assert schedules_of(replace(two, vcpus=two.vcpus[:1], schedule=()), tmp_path) == 1
+    assert schedules_of(two, tmp_path) > 1
