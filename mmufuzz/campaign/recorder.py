@@ -120,6 +120,12 @@ class Recorder:
 def stuck(outcome: Outcome) -> bool:
     """Whether a run that the event limit cut short looks like more than a guest whose own code loops.
 
-    Looping code retires an instruction every few events, and every few dozen even if KVM emulates each of them.
+    Looping code retires an instruction every few events, and every few dozen even if KVM emulates each of them. A long
+    REP instruction retires none, but it hardly ever exits; KVM and a guest that go round in circles exit all the time.
     """
-    return outcome.events >= LONG_RUN and outcome.instructions * STUCK_EVENTS < outcome.events
+    exits = sum(outcome.exits.values())
+    return (
+        outcome.events >= LONG_RUN
+        and outcome.instructions * STUCK_EVENTS < outcome.events
+        and exits * STUCK_EVENTS >= outcome.events
+    )
