@@ -1,4 +1,4 @@
-"""A Hypothesis test over whole Cases: any bytes, or a generated Case with a few deviations, runs without a finding.
+"""A Hypothesis test over whole Cases: bytes, generated Cases and seeds with a few deviations run without a finding.
 
 ``python harnesses/cases.py [--time 10s] [--revert ID] …``
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from mmufuzz.campaign.corpus import load_directory
 from mmufuzz.campaign.harness import run_hypothesis_harness, test_recorder
 from mmufuzz.campaign.recorder import Recorder
 from mmufuzz.case import bytes as case_bytes
@@ -38,7 +40,17 @@ def generated(number: int, deviations: list[Deviation]) -> Case:
     return repair(replace(generate(Rng(number)), schedule=tuple(deviations)))
 
 
+SEEDS: Final = load_directory(Path(__file__).resolve().parents[1] / "corpus" / "seeds" / "atheris_cases")
+"""What Atheris starts from, a few Cases of each of the generator's shapes."""
+
+
+def seeded(case: Case, deviations: list[Deviation]) -> Case:
+    """A Case of the corpus under a sparse schedule."""
+    return repair(replace(case, schedule=tuple(deviations)))
+
+
 CASES: Final = st.one_of(
+    st.builds(seeded, st.sampled_from(SEEDS), st.lists(DEVIATIONS, max_size=4)) if SEEDS else st.nothing(),
     st.builds(generated, st.integers(0, (1 << 32) - 1), st.lists(DEVIATIONS, max_size=4)),
     st.builds(case_bytes.decode, st.binary(max_size=512)),
 )
