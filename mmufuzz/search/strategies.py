@@ -137,7 +137,35 @@ class Pct(Strategy):
         return best
 
 
-class Sparse(Strategy):
+class Planned(Strategy):
+    """A strategy that plans its deviations ahead by event, and drains all held stores at one event, ``release``."""
+
+    def __init__(self, length: int) -> None:
+        self.horizon = length
+        self.count = 0
+        self.release = NEVER
+        """Event after which all held stores drain."""
+
+    def begin(self, threads: int) -> None:
+        """See ``Strategy``."""
+        self.count = threads
+
+    def drain(self, current: int, enabled: int) -> int:
+        """``pick`` where stores are pending: nothing drains before ``release``, then one buffer after another."""
+        drains = enabled >> self.count
+        if self.events < self.release:
+            return current
+        if drains & (drains - 1) == 0:
+            self.release = NEVER
+            self._plan()
+        return nth_bit(drains, 0) + self.count
+
+    def _plan(self) -> None:
+        """Set ``next_event`` to the next event at which anything is planned."""
+        raise NotImplementedError
+
+
+class Sparse(Planned):
     """``preemptions`` switches and ``holds`` held stores, at random events; the default schedule elsewhere.
 
     Half of the runs also start with a random thread.
@@ -148,9 +176,8 @@ class Sparse(Strategy):
     """
 
     def __init__(self, rng: Rng, length: int, preemptions: int = 2, holds: int = 1) -> None:
-        self.horizon = length
+        super().__init__(length)
         self.rng = rng
-        self.count = 0
         self.switches: list[int] = []
         for _ in range(preemptions):
             self.switches.append(1 + rng.below(length))
@@ -159,26 +186,14 @@ class Sparse(Strategy):
         for _ in range(holds):
             self.holds.append(rng.below(length))
         self.holds.sort()
-        self.release = NEVER
-        """Event after which all held stores drain."""
         self.switched = 0
         self.held = 0
         self._plan()
 
-    def begin(self, threads: int) -> None:
-        """See ``Strategy``."""
-        self.count = threads
-
     def pick(self, current: int, enabled: int, label: int) -> int:
         """See ``Strategy``."""
-        drains = enabled >> self.count
-        if drains:
-            if self.events < self.release:
-                return current
-            if drains & (drains - 1) == 0:
-                self.release = NEVER
-                self._plan()
-            return nth_bit(drains, 0) + self.count
+        if enabled >> self.count:
+            return self.drain(current, enabled)
         if free_choice(label):
             if label == BOOT and self.rng.chance(1, 2):
                 return nth_bit(enabled, self.rng.below(count_bits(enabled)))
@@ -205,7 +220,7 @@ class Sparse(Strategy):
         self.next_event = following if following < self.release else self.release
 
 
-class BytesStrategy(Strategy):
+class BytesStrategy(Planned):
     """A fuzzer's bytes decide: two bytes a deviation, a gap in events and an action.
 
     Action below 128: run the (action mod n)-th other thread. Below 192: hold the next store until it drains by
@@ -214,30 +229,18 @@ class BytesStrategy(Strategy):
     """
 
     def __init__(self, data: bytes, length: int) -> None:
-        self.horizon = length
+        super().__init__(length)
         self.data = data
         self.position = 0
-        self.count = 0
         self.holding = False
         self.action = 0
         self.due = 0
-        self.release = NEVER
         self._advance()
-
-    def begin(self, threads: int) -> None:
-        """See ``Strategy``."""
-        self.count = threads
 
     def pick(self, current: int, enabled: int, label: int) -> int:
         """See ``Strategy``."""
-        drains = enabled >> self.count
-        if drains:
-            if self.events < self.release:
-                return current
-            if drains & (drains - 1) == 0:
-                self.release = NEVER
-                self._plan()
-            return nth_bit(drains, 0) + self.count
+        if enabled >> self.count:
+            return self.drain(current, enabled)
         if self.holding or self.events < self.due:
             return current
         others = enabled & ~(1 << current)
