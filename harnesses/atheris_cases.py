@@ -1,6 +1,6 @@
 """Atheris over the bytes form of a Case: any bytes are one. ``python harnesses/atheris_cases.py [--time 10s] …``
 
-Guidance is what the run reached (``campaign.features``), handed to libFuzzer as counters; half of the mutations are
+Guidance is what the run reached (``kvm.counters``), handed to libFuzzer as coverage; half of the mutations are
 libFuzzer's own, half know what a Case is.
 """
 
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import sys
 
-from mmufuzz.campaign.features import features
-from mmufuzz.campaign.fuzz_target import Counters, fuzz, restart_with_preload
+from mmufuzz.campaign.fuzz_target import CoverageTable, fuzz, restart_with_preload
 from mmufuzz.campaign.harness import session
 from mmufuzz.case import bytes as case_bytes
 from mmufuzz.case.generate import generate
 from mmufuzz.case.mutate import mutate
 from mmufuzz.case.rng import Rng
+from mmufuzz.kvm.counters import N_COUNTERS
 
 SHORT = 24
 """Bytes below which a mutation starts from a fresh Case."""
@@ -39,13 +39,12 @@ def main(arguments: list[str]) -> None:
     restart_with_preload()
     work = session("atheris_cases", arguments)
     recorder = work.recorder
-    counters = Counters()
+    table = CoverageTable(N_COUNTERS)
 
     def target(data: bytes) -> None:
         recorder.case()
         outcome = recorder.check(recorder.kernel.dress(case_bytes.decode(data)))
-        for name in features(outcome):
-            counters.hit(name)
+        table.add(outcome.counters)
 
     fuzz(work, target, mutated)
 

@@ -7,9 +7,10 @@ emulator is sent (forced emulation, one vCPU with paging off) ends without a fin
 from __future__ import annotations
 
 import sys
+import zlib
 from typing import Final
 
-from mmufuzz.campaign.fuzz_target import Counters, fuzz, restart_with_preload
+from mmufuzz.campaign.fuzz_target import CoverageTable, fuzz, restart_with_preload
 from mmufuzz.campaign.harness import session
 from mmufuzz.campaign.recorder import Recorder
 from mmufuzz.case.model import FLAT32, Case, Options, Slot, Vcpu
@@ -22,6 +23,8 @@ from mmufuzz.x86.state import EFER_LMA, Fault, Regs
 
 FEP: Final = bytes.fromhex("0f0b6b766d")
 MAX_INSN: Final = 15
+N_FORMS: Final = 1 << 13
+"""Counters for the forms of instructions met; two forms seldom share one."""
 EMULATE_EVERY: Final = 8
 """One input in so many also goes through a VM: that is slower by two orders of magnitude."""
 
@@ -97,7 +100,7 @@ def main(arguments: list[str]) -> None:
     """Run until the time is up."""
     restart_with_preload()
     work = session("atheris_insn", arguments)
-    counters = Counters()
+    table = CoverageTable(N_FORMS)
     share = work.recorder.share
 
     def target(data: bytes) -> None:
@@ -109,8 +112,11 @@ def main(arguments: list[str]) -> None:
         insn = decoded(code, mode64)
         if insn is None:
             return
-        counters.hit(f"{insn.opcode_map}.{insn.opcode}.{insn.reg_field}.{insn.prefix}")
-        counters.hit(f"{insn.mnemonic}.{insn.size}.{insn.lock}.{insn.rep}.{insn.has_memory}")
+        forms = (
+            f"{insn.opcode_map}.{insn.opcode}.{insn.reg_field}.{insn.prefix}",
+            f"{insn.mnemonic}.{insn.size}.{insn.lock}.{insn.rep}.{insn.has_memory}",
+        )
+        table.add({zlib.crc32(form.encode()) % N_FORMS: 1 for form in forms})
         executed(insn, mode64, data[0])
         if share.executions % EMULATE_EVERY == 0 and not mode64:
             emulated(work.recorder, code)

@@ -45,6 +45,8 @@ class Outcome:
         self.findings: list[Finding] = []
         self.schedule: tuple[Deviation, ...] = ()
         self.marks: dict[str, int] = {}
+        self.counters: dict[int, int] = {}
+        """``kvm.counters``: index to count, of those that were hit."""
         self.guest = ""
         self.events = 0
         self.instructions = 0

@@ -12,9 +12,11 @@ from mmufuzz.host.deviation import EVICT, FILL
 from mmufuzz.host.memory import GUEST_FRAMES, PAGE_SHIFT, Memory
 from mmufuzz.host.sched import DEADLOCK, EVENT_LIMIT, Host, RunStop
 from mmufuzz.host.strategy import Strategy
+from mmufuzz.kvm.counters import HALF_SPENT
 from mmufuzz.kvm.marks import MARKS
 from mmufuzz.kvm.structs import Kvm
 from mmufuzz.kvm.vm import build
+from mmufuzz.oracle.interleaving import count_interleavings
 from mmufuzz.oracle.oracles import Oracles
 from mmufuzz.outcome import FINDING, HARNESS_ERROR, OK, SUSPECT, Finding, Outcome
 
@@ -85,6 +87,11 @@ def _fill(outcome: Outcome, case: Case, host: Host, kvm: Kvm, oracles: Oracles) 
     outcome.trace = host.trace
     outcome.notes = host.notes
     outcome.period = oracles.period
+    kvm.counters.add_names(kvm.marks, kvm.exits)
+    if host.events * 2 > host.event_limit:
+        kvm.counters.near(HALF_SPENT)
+    count_interleavings(host.trace, len(host.threads), kvm.counters)
+    outcome.counters = kvm.counters.hits
     outcome.guest = _guest_digest(host, kvm)
 
 

@@ -20,6 +20,7 @@ from mmufuzz.cli.arguments import Parser
 from mmufuzz.cli.main import main, parser
 from mmufuzz.cli.status import Status
 from mmufuzz.host.sites import SITE_NAMES
+from mmufuzz.kvm.counters import BLOCKS, NEAR_MISSES, RETRIES
 from mmufuzz.kvm.fixes import FIXES
 from mmufuzz.kvm.marks import MARKS
 from mmufuzz.run import run
@@ -177,6 +178,15 @@ def test_the_table_of_sites_is_the_one_declared() -> None:
 def test_the_table_of_marks_is_the_one_declared() -> None:
     rows = table(DOCS / "reference" / "sites-labels-deviations.md", "mark")
     assert [row[0] for row in rows] == list(MARKS)
+
+
+def test_the_tables_of_counters_are_the_ones_declared() -> None:
+    page = DOCS / "reference" / "counters.md"
+    rows = table(page, "block")
+    assert [(row[0], row[2]) for row in rows] == [(block.name, block.meaning) for block in BLOCKS]
+    assert [len(row[1].split(", ")) for row in rows] == [len(block.axes) for block in BLOCKS]
+    assert [row[0] for row in table(page, "decision")] == list(RETRIES)
+    assert [row[0] for row in table(page, "near miss")] == list(NEAR_MISSES)
 
 
 def test_the_exit_statuses_are_the_ones_declared() -> None:

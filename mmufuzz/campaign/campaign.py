@@ -16,6 +16,7 @@ from mmufuzz.campaign.engine_hypothesis import load_harness, run_batches
 from mmufuzz.campaign.engine_random import RandomEngine
 from mmufuzz.campaign.findings import FindingStore, Record
 from mmufuzz.campaign.plan import Plan, Share, shares
+from mmufuzz.campaign.reached import Reached
 from mmufuzz.campaign.recorder import Recorder
 from mmufuzz.campaign.tally import Tally
 from mmufuzz.case.rng import Rng
@@ -33,7 +34,7 @@ class Result:
     seconds: float
     interrupted: bool
     left_out: list[str]
-    features: int
+    reached: Reached
     new_cases: int
 
     @property
@@ -62,7 +63,8 @@ class Result:
             },
             **self.tally.as_json(),
             "left_out": self.left_out,
-            "features": self.features,
+            "features": self.reached.total,
+            "counters": self.reached.by_block(),
             "marks_missed": [name for name in MARKS if name not in self.tally.marks],
             "findings": [record.as_json() for record in self.records],
             "corpus_dir": str(self.plan.corpus),
@@ -113,7 +115,7 @@ class Campaign:
             self.budget.elapsed,
             self.stop.requested,
             left_out,
-            len(self.corpus.features),
+            self.corpus.reached,
             len(self.corpus.added),
         )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmufuzz.campaign.files import InputError, writable_directory, write_atomic
 from mmufuzz.campaign.kernel import kernel_of
+from mmufuzz.campaign.reached import Reached
 from mmufuzz.case import bytes as case_bytes
 from mmufuzz.case import toml
 from mmufuzz.case.error import CaseError
@@ -23,7 +24,7 @@ LOAD_LIMIT = 4000
 
 
 class Corpus:
-    """The Cases a campaign starts from and grows, and the features each was first to reach.
+    """The Cases a campaign starts from and grows, and the counters they reach.
 
     ``directory`` None keeps everything in memory.
     """
@@ -31,15 +32,8 @@ class Corpus:
     def __init__(self, directory: Path | None) -> None:
         self.directory = writable_directory(directory) if directory is not None else None
         self.cases: list[Case] = []
-        self.features: dict[str, bool] = {}
+        self.reached = Reached()
         self.added: list[Path] = []
-
-    def novel(self, features: list[str]) -> list[str]:
-        """Those of ``features`` that were not seen before; they count as seen from here."""
-        fresh = [name for name in features if name not in self.features]
-        for name in fresh:
-            self.features[name] = True
-        return fresh
 
     def keep(self, case: Case) -> None:
         """Add ``case``, on disk too."""

@@ -124,6 +124,6 @@ def _take_over(report: Path, recorder: Recorder) -> None:
     # The harness has one engine; its seconds are counted by whoever started it.
     (share,) = fields["tally"]["engines"].values()
     recorder.tally.absorb({**fields["tally"], "engines": {recorder.engine: {**share, "seconds": 0.0}}})
-    recorder.corpus.novel(fields["features"])
+    recorder.corpus.reached.absorb(fields["reached"])
     for finding in fields["findings"]:
         recorder.store.merge(finding)

@@ -57,7 +57,7 @@ class RandomEngine:
             self._try(self._next(), SCHEDULES)
 
     def _starting_points(self) -> list[Case]:
-        """What the corpus holds, or a sample of it: the features of a big one would take all the time there is."""
+        """What the corpus holds, or a sample of it: to run all of a big one would take all the time there is."""
         pool = self.recorder.corpus.cases[:]
         rng = self.rng.fork()
         while len(pool) > STARTING_POINTS:
@@ -94,14 +94,14 @@ class RandomEngine:
         spent = 0
         events = length
         while left > 0 and spent < MOST_SCHEDULES and events < MOST_EVENTS and not self._over_time():
-            known = len(recorder.corpus.features)
+            known = recorder.corpus.reached.total
             outcome = self._run(bare, length, races)
             left -= 1
             spent += 1
             events += outcome.events
             if outcome.verdict != OK:
                 return
-            if len(recorder.corpus.features) > known:
+            if recorder.corpus.reached.total > known:
                 left = schedules
                 races = Races(outcome.trace)
 

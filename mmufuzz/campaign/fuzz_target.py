@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Final
 
-from mmufuzz.campaign.counters import Counters
+from mmufuzz.campaign.coverage_table import CoverageTable
 from mmufuzz.campaign.engine_atheris import libfuzzer_flags, preload
 from mmufuzz.campaign.harness import Session
 
@@ -63,4 +63,4 @@ def _leave(work: Session, status: int, complaint: str) -> None:
     os._exit(status)
 
 
-__all__ = ["Counters", "fuzz", "restart_with_preload"]
+__all__ = ["CoverageTable", "fuzz", "restart_with_preload"]

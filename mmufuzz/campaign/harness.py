@@ -57,7 +57,7 @@ class Session:
         self.recorder.share.seconds = self.budget.elapsed
         fields = {
             "tally": self.recorder.tally.as_json(),
-            "features": list(self.recorder.corpus.features),
+            "reached": self.recorder.corpus.reached.as_json(),
             "findings": [record.as_json() for record in self.recorder.store.records.values()],
         }
         write_atomic(self.report, json.dumps(fields))

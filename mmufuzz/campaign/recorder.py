@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from mmufuzz.campaign.attribution import SCHEDULES, attributed, shows
 from mmufuzz.campaign.budget import Budget, Stop
 from mmufuzz.campaign.corpus import Corpus
-from mmufuzz.campaign.features import features
 from mmufuzz.campaign.findings import FindingStore, Record
 from mmufuzz.campaign.kernel import Kernel
+from mmufuzz.campaign.reached import NEW
 from mmufuzz.campaign.reducing import shrink
 from mmufuzz.campaign.running import safe_run
 from mmufuzz.campaign.tally import EngineTally, Tally
@@ -73,7 +73,7 @@ class Recorder:
         self.share.schedules += 1
         self.tally.count(outcome)
         followed = replace(case, schedule=outcome.schedule) if strategy is not None else case
-        if self.grow and self.corpus.novel(features(outcome)) and outcome.verdict != HARNESS_ERROR:
+        if self.grow and self.corpus.reached.add(outcome.counters) == NEW and outcome.verdict != HARNESS_ERROR:
             self.corpus.keep(followed)
         if outcome.verdict != SUSPECT or stuck(outcome):
             for finding in outcome.findings:

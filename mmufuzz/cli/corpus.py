@@ -9,6 +9,8 @@ from typing import Any
 from mmufuzz.campaign.corpus import SUFFIX, files, load_file
 from mmufuzz.campaign.files import InputError, checkout
 from mmufuzz.campaign.findings import size
+from mmufuzz.campaign.reached import Reached, summary
+from mmufuzz.campaign.running import safe_run
 from mmufuzz.case import bytes as case_bytes
 from mmufuzz.case import toml
 from mmufuzz.case.error import CaseError
@@ -47,8 +49,10 @@ def _stats(found: list[Path], output: Output) -> Status:
     kinds: dict[str, int] = {}
     kernels: dict[str, int] = {}
     totals = [0, 0, 0]
+    reached = Reached()
     for path in found:
         case = load_file(path)
+        reached.add(safe_run(case).counters)
         sums["toml" if path.suffix == ".toml" else "bytes"] += 1
         sums["expect_finding" if case.expect.verdict == "finding" else "expect_ok"] += 1
         if case.expect.kind:
@@ -63,7 +67,8 @@ def _stats(found: list[Path], output: Output) -> Status:
             ", ".join(f"{key} {number}" for key, number in sorted(value.items())) if isinstance(value, dict) else value
         )
         output.line(f"{name:<15} {shown}")
-    output.json(fields)
+    output.line(f"{'counters':<15} {summary(reached)}")
+    output.json({**fields, "counters": reached.by_block()})
     return Status.CLEAN
 
 

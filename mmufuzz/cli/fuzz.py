@@ -14,6 +14,7 @@ from mmufuzz.campaign.covered import measure
 from mmufuzz.campaign.files import InputError, checkout
 from mmufuzz.campaign.jobs import collect, start_jobs
 from mmufuzz.campaign.plan import DEFAULT_SECONDS, ENGINES, HARNESSES, Plan, shares
+from mmufuzz.campaign.reached import summary
 from mmufuzz.cli.arguments import add_json, add_kernel, count, duration, kernel_from, natural
 from mmufuzz.cli.output import Output
 from mmufuzz.cli.status import Status
@@ -116,8 +117,9 @@ def summarize(result: Result, coverage: dict[str, Any] | None, output: Output) -
         output.line(f"{line}; {engine.note}" if engine.note else line)
     reached = sum(1 for name in MARKS if name in tally.marks)
     output.line(
-        f"marks reached     {reached} of {len(MARKS)}; {result.features} features, {result.new_cases} cases kept"
+        f"marks reached     {reached} of {len(MARKS)}; {result.reached.total} counters, {result.new_cases} cases kept"
     )
+    output.line(f"counters reached  {summary(result.reached)}")
     exits = ", ".join(f"{name} {number}" for name, number in sorted(tally.exits.items())) or "none"
     output.line(f"kinds of exits    {exits}")
     verdicts = ", ".join(f"{name} {number}" for name, number in sorted(tally.verdicts.items()))

@@ -6,6 +6,7 @@ from typing import Final
 
 from mmufuzz.host.memory import PAGE_SHIFT, PAGE_SIZE
 from mmufuzz.host.sites import MODE_ATOMIC, MODE_STORE
+from mmufuzz.kvm.counters import RET_PF_BLOCK, RETRY_GUARD, RETRY_MMIO, RETRY_STALE, ZAPPED_WALK
 from mmufuzz.kvm.fetch import (
     RET_PF_CONTINUE,
     RET_PF_EMULATE,
@@ -57,6 +58,7 @@ def kvm_mmu_page_fault(vcpu: Vcpu, gva: int, error_code: int) -> PageFaultResult
     if kvm.warn_on(vcpu.mmu.root_pfn == INVALID_PFN, "kvm_mmu_page_fault", "no root"):
         return PageFaultResult(RESUME, 0)
     result = RET_PF_INVALID
+    level = 0
     if error_code & PFERR_RSVD:
         result = handle_mmio_page_fault(vcpu, gva)
         if result == RET_PF_EMULATE:
@@ -64,12 +66,14 @@ def kvm_mmu_page_fault(vcpu: Vcpu, gva: int, error_code: int) -> PageFaultResult
     if result == RET_PF_INVALID:
         fault = PageFault(gva, error_code)
         result = direct_page_fault(vcpu, fault) if vcpu.mmu.direct else page_fault(vcpu, fault)
+        level = fault.level
         if fault.write_fault_to_shadow_pgtable:
             kvm.mark("page_fault.write_pf_to_sp")
             emultype |= EMULTYPE_WRITE_PF_TO_SP
     if result < 0:
         return PageFaultResult(result, 0)
     kvm.mark("page_fault." + RET_PF_NAMES[result])
+    kvm.counters.hit(RET_PF_BLOCK.at(result, vcpu.kind, level))
     kvm.host.note(f"RET_PF_{RET_PF_NAMES[result]}")
     if not kvm.fixes.retry_rewrite:
         return _before_rewrite(vcpu, gva, result, emultype)
@@ -92,6 +96,7 @@ def kvm_mmu_write_protect_fault(vcpu: Vcpu, gva: int, emultype: int) -> PageFaul
     kvm = vcpu.kvm
     if kvm.fixes.retry_check and vcpu.last_retry_eip == vcpu.regs.rip and vcpu.last_retry_addr == gva:
         kvm.mark("retry_guard.hit")
+        kvm.count_retry(RETRY_GUARD)
         kvm.host.note("retry guard: emulate, do not unprotect again")
         return PageFaultResult(EMULATE, emultype)
     vcpu.last_retry_eip = 0
@@ -112,6 +117,7 @@ def page_fault(vcpu: Vcpu, fault: PageFault) -> int:
         inject_page_fault(vcpu, fault.addr, walker.error_code)
         return RET_PF_RETRY
     fault.gfn = walker.gfn
+    fault.level = walker.level
     fault.slot = gfn_to_memslot(kvm, fault.gfn)
     if page_fault_handle_page_track(vcpu, fault):
         shadow_page_table_clear_flood(vcpu, fault.addr)
@@ -127,6 +133,7 @@ def page_fault(vcpu: Vcpu, fault: PageFault) -> int:
     if result == 0:
         if is_page_fault_stale(vcpu):
             kvm.mark("page_fault.stale")
+            kvm.count_retry(RETRY_STALE)
             result = RET_PF_RETRY
         else:
             result = fetch(vcpu, fault, walker)
@@ -172,6 +179,7 @@ def direct_page_fault(vcpu: Vcpu, fault: PageFault) -> int:
     if result == 0:
         if is_page_fault_stale(vcpu):
             kvm.mark("page_fault.stale")
+            kvm.count_retry(RETRY_STALE)
             result = RET_PF_RETRY
         else:
             result = direct_map(vcpu, fault)
@@ -209,7 +217,10 @@ def shadow_page_table_clear_flood(vcpu: Vcpu, gva: int) -> None:
     level = role_level(vcpu.mmu.root_role)
     while level >= 1:
         spte = read_spte_lockless(kvm, table_pfn << PAGE_SHIFT | table_index(gva, level) << 3)
-        clear_sp_write_flooding_count(kvm, kvm.by_pfn[table_pfn])
+        sp = kvm.by_pfn[table_pfn]
+        if sp.invalid:
+            kvm.counters.near(ZAPPED_WALK)
+        clear_sp_write_flooding_count(kvm, sp)
         if not is_shadow_present(spte):
             break
         table_pfn = spte_pfn(spte)
@@ -254,6 +265,7 @@ def handle_mmio_page_fault(vcpu: Vcpu, gva: int) -> int:
         vcpu_cache_mmio_info(vcpu, 0 if vcpu.mmu.direct else gva, mmio_spte_gfn(spte), spte & SPTE_MMIO_ACCESS)
         return RET_PF_EMULATE
     # Another CPU replaced the SPTE meanwhile: let the hardware walk again.
+    vcpu.kvm.count_retry(RETRY_MMIO)
     return RET_PF_RETRY
 
 

@@ -6,6 +6,7 @@ from typing import Final
 
 from mmufuzz.host.memory import PAGE_SHIFT
 from mmufuzz.host.sites import GPTE_LOAD
+from mmufuzz.kvm.counters import RETRY_GPTE, RETRY_TOP
 from mmufuzz.kvm.memslots import gpa_to_hpa
 from mmufuzz.kvm.page import clear_sp_write_flooding_count, kvm_mmu_get_child_sp, link_shadow_page
 from mmufuzz.kvm.requests import REQ_MMU_FREE_OBSOLETE_ROOTS, kvm_flush_remote_tlbs, kvm_make_request
@@ -61,6 +62,8 @@ class PageFault:
         self.pfn = INVALID_PFN
         self.map_writable = False
         self.write_fault_to_shadow_pgtable = False
+        self.level = 0
+        """Of the guest's leaf entry; 0 while no walk has found one. Only counters look at it."""
 
 
 def gpte_changed(vcpu: Vcpu, walker: GuestWalker, level: int) -> bool:
@@ -77,6 +80,7 @@ def fetch(vcpu: Vcpu, fault: PageFault, walker: GuestWalker) -> int:
     top_level = role_level(mmu.cpu_role)
     if gpte_changed(vcpu, walker, top_level):
         kvm.mark("fetch.top_changed")
+        kvm.count_retry(RETRY_TOP)
         return RET_PF_RETRY
     if kvm.warn_on(mmu.root_pfn == INVALID_PFN, "FNAME(fetch)", "no root"):
         return RET_PF_RETRY
@@ -96,6 +100,7 @@ def fetch(vcpu: Vcpu, fault: PageFault, walker: GuestWalker) -> int:
         # The read that pairs with account_shadowed's barrier: the table is write-protected by now.
         if gpte_changed(vcpu, walker, level - 1):
             kvm.mark("fetch.gpte_changed")
+            kvm.count_retry(RETRY_GPTE)
             return RET_PF_RETRY
         if child is not None:
             link_shadow_page(kvm, address, child)

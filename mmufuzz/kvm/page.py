@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmufuzz.host.sites import SPTE_LOAD
+from mmufuzz.kvm.counters import CREATED, FOUND
 from mmufuzz.kvm.memslots import gfn_to_memslot
 from mmufuzz.kvm.rmap import mmu_spte_set, read_spte
 from mmufuzz.kvm.role import child_role, role_text
@@ -22,9 +23,11 @@ def kvm_mmu_get_shadow_page(kvm: Kvm, gfn: int, role: int) -> ShadowPage:
     for sp in kvm.mmu_page_hash.get(gfn, []):
         if sp.role == role and not is_obsolete_sp(kvm, sp):
             kvm.mark("get_shadow_page.found")
+            kvm.count_page(FOUND, role)
             clear_sp_write_flooding_count(kvm, sp)
             return sp
     kvm.mark("get_shadow_page.created")
+    kvm.count_page(CREATED, role)
     sp = ShadowPage(kvm.alloc_frame(), gfn, role, kvm.mmu_valid_gen)
     kvm.by_pfn[sp.pfn] = sp
     kvm.active_mmu_pages.insert(0, sp)

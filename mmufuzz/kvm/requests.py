@@ -6,7 +6,15 @@ from typing import Final
 
 from mmufuzz.host.sites import IPI_SEND, MODE_ATOMIC, REQUESTS_ATOMIC, REQUESTS_LOAD
 from mmufuzz.host.thread import Waitable
-from mmufuzz.kvm.structs import EXITING_GUEST_MODE, IN_GUEST_MODE, OUTSIDE_GUEST_MODE, Kvm, Vcpu
+from mmufuzz.kvm.counters import FREE_WAITS
+from mmufuzz.kvm.structs import (
+    EXITING_GUEST_MODE,
+    IN_GUEST_MODE,
+    OUTSIDE_GUEST_MODE,
+    READING_SHADOW_PAGE_TABLES,
+    Kvm,
+    Vcpu,
+)
 
 REQ_MMU_FREE_OBSOLETE_ROOTS: Final = 1 << 0
 REQ_MMU_SYNC: Final = 1 << 1
@@ -61,6 +69,8 @@ def kvm_make_all_cpus_request(kvm: Kvm, request: int) -> None:
         mode = thread.cmpxchg(MODE_ATOMIC, vcpu.mode_address, IN_GUEST_MODE, EXITING_GUEST_MODE)
         if mode != OUTSIDE_GUEST_MODE:
             targets.append(vcpu)
+        if mode == READING_SHADOW_PAGE_TABLES:
+            kvm.counters.near(FREE_WAITS)
     for vcpu in targets:
         thread.fetch_or(IPI_SEND, vcpu.ipi_address, 1)
     for vcpu in targets:

@@ -15,6 +15,7 @@ from mmufuzz.host.memory import PAGE_SHIFT, Memory
 from mmufuzz.host.sched import Host
 from mmufuzz.host.sites import MMU_LOCK, MMU_UNLOCK, SLOTS_LOCK, SLOTS_UNLOCK
 from mmufuzz.host.thread import Thread
+from mmufuzz.kvm.counters import DIRECT, INDIRECT, NESTED, PAGE_BLOCK, RETRY_BLOCK, Counters
 from mmufuzz.kvm.fixes import (
     BARRIER_ACCOUNT,
     BARRIER_EMULATOR,
@@ -33,6 +34,7 @@ from mmufuzz.kvm.fixes import (
     WRITE_PF_TO_SP,
 )
 from mmufuzz.kvm.observer import Observer
+from mmufuzz.kvm.role import ROLE_DIRECT, ROLE_PASSTHROUGH, role_level
 from mmufuzz.x86.paging import PagingConfig, paging_config
 from mmufuzz.x86.state import Regs
 from mmufuzz.x86.tlb import Tlb
@@ -184,6 +186,11 @@ class Vcpu:
         return _NESTED_PAGING if self.guest_mode else paging_config(self.regs)
 
     @property
+    def kind(self) -> int:
+        """Which of ``kvm.counters.ROLES``."""
+        return NESTED if self.guest_mode else DIRECT if self.mmu.direct else INDIRECT
+
+    @property
     def thread(self) -> Thread:
         """The thread that runs this vCPU."""
         return self.kvm.host.threads[self.index]
@@ -199,6 +206,7 @@ class Kvm:
         self.fixes = Fixes(behaviours)
         self.observer = Observer()
         self.marks: dict[str, int] = {}
+        self.counters = Counters()
         self.exits: dict[str, int] = {}
         self.slots: list[MemSlot] = []
         self.vcpus: list[Vcpu] = []
@@ -222,6 +230,22 @@ class Kvm:
     def mark(self, name: str) -> None:
         """Count that the run passed the named point (``kvm.marks.MARKS``)."""
         self.marks[name] = self.marks.get(name, 0) + 1
+
+    def count_page(self, event: int, role: int) -> None:
+        """Count what became of a shadow page (``kvm.counters.PAGE_EVENTS``)."""
+        kind = 2 if role & ROLE_PASSTHROUGH else 0 if role & ROLE_DIRECT else 1
+        self.counters.hit(PAGE_BLOCK.at(event, kind, role_level(role)))
+
+    def count_retry(self, reason: int) -> None:
+        """Count a decision of the block "retry" (``kvm.counters.RETRIES``), with the state of mmu_lock."""
+        lock = self.mmu_lock
+        state = 0
+        if lock.owner >= 0:
+            state = 2 if lock.owner == self.host.current.index else 1
+            for thread in self.host.threads:
+                if thread.waiting is lock:
+                    state = 3
+        self.counters.hit(RETRY_BLOCK.at(reason, state))
 
     def warn_on(self, condition: bool, site: str, text: str) -> bool:
         """WARN_ON_ONCE: reports ``text`` from kernel function ``site`` if ``condition`` holds, and answers it."""

@@ -6,9 +6,11 @@ from typing import Final
 
 from mmufuzz.host.memory import PAGE_SHIFT
 from mmufuzz.host.sites import COUNT_LOAD, MB
+from mmufuzz.kvm.counters import COUNT_ZERO, RETRY_COUNT_ZERO, RETRY_NOTHING, RETRY_ZAPPED, UNTRACKED_STORE
 from mmufuzz.kvm.role import role_level
 from mmufuzz.kvm.structs import INVALID_GPA, Kvm, ShadowPage, Vcpu
 from mmufuzz.kvm.walker import gva_to_gpa
+from mmufuzz.kvm.write_track import sp_has_gptes
 from mmufuzz.kvm.zap import (
     gsps_at,
     kvm_mmu_commit_zap_page,
@@ -41,6 +43,7 @@ def kvm_mmu_track_write(vcpu: Vcpu, gpa: int, size: int) -> None:
         thread.fence(MB)
     if thread.load(COUNT_LOAD, kvm.indirect_shadow_pages) == 0:
         kvm.mark("track_write.skipped")
+        _count_of_zero(kvm, gpa >> PAGE_SHIFT)
         return
     kvm.mmu_lock.acquire()
     kvm.mark("track_write.locked")
@@ -61,6 +64,16 @@ def kvm_mmu_track_write(vcpu: Vcpu, gpa: int, size: int) -> None:
             flush = True
     kvm_mmu_remote_flush_or_zap(kvm, invalid_list, flush)
     kvm.mmu_lock.release()
+
+
+def _count_of_zero(kvm: Kvm, gfn: int) -> None:
+    """How near a store to ``gfn`` came to a table's that is not tracked, the count being read as zero."""
+    if gsps_at(kvm, gfn):
+        kvm.counters.near(UNTRACKED_STORE)
+    for sp in kvm.by_pfn.values():
+        if not sp.invalid and sp_has_gptes(sp):
+            kvm.counters.near(COUNT_ZERO)
+            return
 
 
 def detect_write_misaligned(gpa: int, size: int) -> bool:
@@ -92,6 +105,7 @@ def kvm_mmu_unprotect_page(kvm: Kvm, gfn: int) -> bool:
     kvm_mmu_commit_zap_page(kvm, invalid_list)
     kvm.mmu_lock.release()
     kvm.mark("unprotect.zapped" if count else "unprotect.nothing")
+    kvm.count_retry(RETRY_ZAPPED if count else RETRY_NOTHING)
     kvm.host.note(f"unprotect gfn {gfn:#x}: {count} zapped")
     return count > 0
 
@@ -105,6 +119,7 @@ def kvm_mmu_unprotect_gfn_and_retry(vcpu: Vcpu, gva: int, always_retry: bool) ->
     zapped = False
     if kvm.host.current.load(COUNT_LOAD, kvm.indirect_shadow_pages) == 0:
         kvm.mark("unprotect.count_zero")
+        kvm.count_retry(RETRY_COUNT_ZERO)
     else:
         gpa, _ = gva_to_gpa(vcpu, gva, ACCESS_WRITE)
         if gpa != INVALID_GPA:
@@ -115,6 +130,7 @@ def kvm_mmu_unprotect_gfn_and_retry(vcpu: Vcpu, gva: int, always_retry: bool) ->
             kvm_mmu_commit_zap_page(kvm, invalid_list)
             kvm.mmu_lock.release()
             kvm.mark("unprotect.zapped" if count else "unprotect.nothing")
+            kvm.count_retry(RETRY_ZAPPED if count else RETRY_NOTHING)
             kvm.host.note(f"unprotect gfn {gpa >> PAGE_SHIFT:#x}: {count} zapped")
     record = kvm.fixes.retry_record_failure if always_retry else kvm.fixes.retry_record_fault
     if (zapped or always_retry) and record:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmufuzz.case.model import ZAP_ALL_FAST
 from mmufuzz.host.sites import MB, MODE_LOAD, MODE_STORE, REQUESTS_LOAD, VCPU_ENTRY, VCPU_EXIT
 from mmufuzz.host.thread import Body
+from mmufuzz.kvm.counters import RETRY_ENTRY, STALL_BLOCK, stall_class
 from mmufuzz.kvm.emulate import set_cr
 from mmufuzz.kvm.fault import EMULATE, RESUME, kvm_ack_ipi_if_sent, kvm_mmu_page_fault
 from mmufuzz.kvm.guest import (
@@ -70,13 +71,18 @@ class VcpuBody(Body):
         """Until the guest's program ends."""
         vcpu = self.vcpu
         kvm_init_shadow_mmu(vcpu)
+        stalled = 0
         while not vcpu.finished:
             before = vcpu.progress
             if vcpu_enter_guest(vcpu, self.bus) != RESUME_GUEST:
                 userspace(vcpu)
             if vcpu.progress == before and not vcpu.finished:
                 # It re-enters without having got anywhere: the others go first.
+                stalled += 1
+                vcpu.kvm.counters.hit(STALL_BLOCK.at(vcpu.kind, stall_class(stalled)))
                 vcpu.kvm.host.yield_()
+            else:
+                stalled = 0
 
     def evict(self, gva: int) -> None:
         """The TLB forgets the page."""
@@ -118,6 +124,7 @@ def vcpu_enter_guest(vcpu: Vcpu, bus: GuestBus) -> int:
     mode = thread.load(MODE_LOAD, vcpu.mode_address)
     if mode != IN_GUEST_MODE or thread.load(REQUESTS_LOAD, vcpu.requests_address):
         kvm.mark("entry.cancelled")
+        kvm.count_retry(RETRY_ENTRY)
         leave_guest_mode(vcpu)
         return RESUME_GUEST
     if vcpu.reexecuting_gfn >= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmufuzz.host.memory import PAGE_SHIFT, PAGE_SIZE
 from mmufuzz.host.sites import GPTE_ATOMIC, GPTE_LOAD
+from mmufuzz.kvm.counters import RETRY_WALK
 from mmufuzz.kvm.memslots import gfn_to_memslot, gpa_to_hpa
 from mmufuzz.kvm.role import ACC_ALL, ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK
 from mmufuzz.kvm.structs import INVALID_GPA, Vcpu
@@ -69,6 +70,7 @@ def walk_addr(vcpu: Vcpu, gva: int, access: int) -> GuestWalker:
         if walker.failed or _update_accessed_dirty_bits(vcpu, walker, access):
             return walker
         vcpu.kvm.mark("walk.retry")
+        vcpu.kvm.count_retry(RETRY_WALK)
 
 
 def _walk_once(vcpu: Vcpu, gva: int, access: int) -> GuestWalker:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from mmufuzz.host.memory import PAGE_SHIFT
 from mmufuzz.host.sites import COUNT_STORE, MB, WRITE_TRACK_LOAD, WRITE_TRACK_STORE
-from mmufuzz.kvm.memslots import gfn_to_memslot
+from mmufuzz.kvm.counters import STORE_IN_FLIGHT, WRITABLE_TLB
+from mmufuzz.kvm.memslots import gfn_to_memslot, gfn_to_pfn
 from mmufuzz.kvm.requests import kvm_flush_remote_tlbs
 from mmufuzz.kvm.rmap import rmap_write_protect
 from mmufuzz.kvm.role import ROLE_DIRECT, ROLE_PASSTHROUGH, role_level
@@ -65,9 +67,22 @@ def account_shadowed(kvm: Kvm, sp: ShadowPage) -> None:
     if role_level(sp.role) > 1:
         update_gfn_write_track(kvm, sp.gfn, 1)
     update_gfn_disallow_lpage_count(slot, sp.gfn, 1)
+    _count_writers(kvm, gfn_to_pfn(sp.gfn))
     if rmap_write_protect(kvm, slot, sp.gfn):
         kvm.mark("account_shadowed.flush")
         kvm_flush_remote_tlbs(kvm)
+
+
+def _count_writers(kvm: Kvm, pfn: int) -> None:
+    """The guest frame ``pfn`` becomes a shadowed table: what could still write it unseen."""
+    for thread in kvm.host.threads:
+        for entry in thread.buffer.pending:
+            if entry.address >> PAGE_SHIFT == pfn:
+                kvm.counters.near(STORE_IN_FLIGHT)
+    for vcpu in kvm.vcpus:
+        for cached in vcpu.tlb.entries():
+            if cached.pfn == pfn and cached.writable:
+                kvm.counters.near(WRITABLE_TLB)
 
 
 def unaccount_shadowed(kvm: Kvm, sp: ShadowPage) -> None:

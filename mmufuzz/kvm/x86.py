@@ -6,6 +6,14 @@ from typing import Final
 
 from mmufuzz.host.memory import PAGE_SHIFT
 from mmufuzz.host.sites import COUNT_LOAD
+from mmufuzz.kvm.counters import (
+    RETRY_BEFORE,
+    RETRY_CMPXCHG,
+    RETRY_COUNT_ZERO,
+    RETRY_FAILED,
+    RETRY_TABLE_WRITE,
+    RETRY_TO_TABLE,
+)
 from mmufuzz.kvm.emulate import (
     EmulationFailed,
     EmulatorBus,
@@ -67,6 +75,7 @@ def x86_emulate_instruction(vcpu: Vcpu, gva: int, emultype: int) -> int:
         return RESUME_GUEST
     if _retry_instruction(vcpu, gva, emultype, insn):
         kvm.mark("emulate.retried")
+        kvm.count_retry(RETRY_BEFORE)
         kvm.host.note("retry without emulating")
         return RESUME_GUEST
     return _x86_emulate_insn(vcpu, gva, emultype, insn)
@@ -87,6 +96,7 @@ def _x86_emulate_insn(vcpu: Vcpu, gva: int, emultype: int, insn: Insn) -> int:
         kvm.host.note("the emulator cannot execute it")
         if _retry_on_failure(vcpu, gva, emultype):
             kvm.mark("emulate.reexecuted")
+            kvm.count_retry(RETRY_FAILED)
             kvm.host.note("emulation failed: retry natively")
             return RESUME_GUEST
         return handle_emulation_failure(vcpu)
@@ -96,6 +106,7 @@ def _x86_emulate_insn(vcpu: Vcpu, gva: int, emultype: int, insn: Insn) -> int:
         return RESUME_GUEST
     if bus.cmpxchg_failed:
         # Neither RIP nor registers are written back, so the guest executes the instruction again; RFLAGS are.
+        kvm.count_retry(RETRY_CMPXCHG)
         regs.rip = rip
         regs.gpr = gpr
         return RESUME_GUEST
@@ -114,6 +125,7 @@ def _on_decode_failure(vcpu: Vcpu, gva: int, emultype: int, fault: Fault | None)
         return RESUME_GUEST
     if _retry_on_failure(vcpu, gva, emultype):
         vcpu.kvm.mark("emulate.reexecuted")
+        vcpu.kvm.count_retry(RETRY_FAILED)
         vcpu.kvm.host.note("emulation failed: retry natively")
         return RESUME_GUEST
     if fault is not None:
@@ -127,7 +139,10 @@ def _retry_instruction(vcpu: Vcpu, gva: int, emultype: int, insn: Insn) -> bool:
     kvm = vcpu.kvm
     if not kvm.fixes.retry_rewrite:
         return _retry_instruction_before_rewrite(vcpu, gva, emultype, insn)
-    if not emultype & EMULTYPE_ALLOW_RETRY_PF or x86_page_table_writing_insn(insn):
+    if not emultype & EMULTYPE_ALLOW_RETRY_PF:
+        return False
+    if x86_page_table_writing_insn(insn):
+        kvm.count_retry(RETRY_TABLE_WRITE)
         return False
     zapped = kvm_mmu_unprotect_gfn_and_retry(vcpu, gva, False)
     return zapped or not kvm.fixes.unprotect_iff_zapped
@@ -165,6 +180,7 @@ def _retry_on_failure(vcpu: Vcpu, gva: int, emultype: int) -> bool:
     # kvm_unprotect_and_retry_on_failure
     if emultype & EMULTYPE_WRITE_PF_TO_SP:
         kvm.mark("reexecute.write_pf_to_sp")
+        kvm.count_retry(RETRY_TO_TABLE)
         return False
     kvm_mmu_unprotect_gfn_and_retry(vcpu, gva, True)
     return True
@@ -212,6 +228,8 @@ def _read_indirect_shadow_pages(vcpu: Vcpu, gfn: int) -> bool:
         count = kvm.host.current.load(COUNT_LOAD, kvm.indirect_shadow_pages)
         kvm.mmu_lock.release()
     kvm.mark("reexecute.count_nonzero" if count else "reexecute.count_zero")
+    if count == 0:
+        kvm.count_retry(RETRY_COUNT_ZERO)
     vcpu.reexecuting_gfn = gfn if count == 0 else -1
     return count != 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from mmufuzz.host.sites import ROLE_STORE, VALID_GEN_STORE
+from mmufuzz.kvm.counters import ZAPPED, ZAPPED_ROOT
 from mmufuzz.kvm.requests import REQ_MMU_FREE_OBSOLETE_ROOTS, kvm_flush_remote_tlbs, kvm_make_all_cpus_request
 from mmufuzz.kvm.rmap import (
     drop_parent_pte,
@@ -55,6 +56,7 @@ def kvm_mmu_prepare_zap_page(kvm: Kvm, sp: ShadowPage, invalid_list: list[Shadow
         unaccount_shadowed(kvm, sp)
     sp.unsync = False
     zapped_root = False
+    kvm.count_page(ZAPPED_ROOT if sp.root_count else ZAPPED, sp.role)
     if sp.active:
         kvm.active_mmu_pages.remove(sp)
         sp.active = False

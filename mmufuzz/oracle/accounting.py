@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.host.memory import PAGE_SHIFT
+from mmufuzz.host.memory import GUEST_FRAMES, PAGE_SHIFT
 from mmufuzz.host.thread import Thread
+from mmufuzz.kvm.counters import BUFFERED_BOOKS, FLUSH_PENDING
 from mmufuzz.kvm.memslots import gfn_to_memslot, gfn_to_pfn, pfn_to_gfn
 from mmufuzz.kvm.requests import (
     REQ_MMU_FREE_OBSOLETE_ROOTS,
@@ -84,6 +85,10 @@ class Accounting:
         self._check_counts(thread)
         self._check_reverse_maps()
         self._check_write_protection(thread)
+        for entry in thread.buffer.pending:
+            if entry.address >= GUEST_FRAMES << PAGE_SHIFT:
+                self.kvm.counters.near(BUFFERED_BOOKS)
+                break
 
     def _fail(self, invariant: str, what: str, detail: str) -> None:
         kind = "write-protection" if invariant in ("I7", "I8", "I33") else "accounting"
@@ -282,6 +287,7 @@ class Accounting:
             if gfn not in self._gsps and (gfn not in self._tracked or not self._read(thread, write_track_address(gfn))):
                 continue
             if not vcpu.in_guest and self._will_flush(vcpu):
+                self.kvm.counters.near(FLUSH_PENDING)
                 return
             self._fail(
                 "I33",

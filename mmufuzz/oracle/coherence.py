@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from mmufuzz.kvm.counters import OWN_STORE, STALE_EMULATED, STALE_FAULT, STALE_HARDWARE
 from mmufuzz.kvm.memslots import gfn_to_pfn
 from mmufuzz.kvm.structs import Kvm, Vcpu
 from mmufuzz.oracle.fate import fate_of_last_store
@@ -68,9 +69,10 @@ class Coherence:
         if view.passed.get(key, -1) == pfn:
             return
         if config.paging:
-            allowed = self._walks(vcpu, gva, self.history.invalidations[index].since(gva)).reaches(
-                root_gfn(regs.cr3), access, pfn
-            )
+            walks = self._walks(vcpu, gva, self.history.invalidations[index].since(gva))
+            allowed = walks.reaches(root_gfn(regs.cr3), access, pfn)
+            if allowed and self.history.clock:
+                self._count_near(vcpu, walks.path, STALE_EMULATED if emulated else STALE_HARDWARE)
         else:
             allowed = pfn == gfn_to_pfn(gva >> PAGE_SHIFT)
         if not allowed:
@@ -85,7 +87,10 @@ class Coherence:
         access = error_code & (ACCESS_WRITE | ACCESS_USER | ACCESS_FETCH)
         root = root_gfn(vcpu.regs.cr3)
         if config.paging:
-            if self._walks(vcpu, gva, since).faults(root, access, error_code):
+            walks = self._walks(vcpu, gva, since)
+            if walks.faults(root, access, error_code):
+                if self.history.clock:
+                    self._count_near(vcpu, walks.path, STALE_FAULT)
                 return
             # Without NX and SMEP the error code does not say that it was a fetch.
             fetch = access | ACCESS_FETCH
@@ -102,6 +107,16 @@ class Coherence:
         """``Observer.guest_invalidated``."""
         self.history.invalidated(index, gva)
         self.views[index].passed = {}
+
+    def _count_near(self, vcpu: Vcpu, path: list[tuple[int, int]], which: int) -> None:
+        """Count near miss ``which`` if a value on ``path`` is not the one in memory."""
+        for hpa, value in path:
+            if (self.kvm.memory.words.get(hpa >> 3, 0) ^ value) & ~(PTE_A | PTE_D):
+                own = False
+                for entry in vcpu.thread.buffer.pending:
+                    own = own or entry.address & ~7 == hpa
+                self.kvm.counters.near(OWN_STORE if own else which)
+                return
 
     def _walks(self, vcpu: Vcpu, gva: int, since: int) -> Walks:
         return Walks(self.kvm, self.history, vcpu.paging, gva, since, vcpu.thread.buffer)

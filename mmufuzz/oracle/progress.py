@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from mmufuzz.kvm.counters import ALL_BUT_ONE_WAIT, STATE_AGAIN, STATE_LEFT
 from mmufuzz.kvm.structs import Kvm
 from mmufuzz.oracle.history import History
 from mmufuzz.oracle.sink import Sink
@@ -56,6 +57,7 @@ class Progress:
     def at_yield(self) -> None:
         """``BoundaryWatcher.at_yield``."""
         kvm = self.kvm
+        self._count_waiting()
         if not kvm.host.quiet:
             return
         for thread in kvm.host.threads:
@@ -74,9 +76,24 @@ class Progress:
             seen = self._last_seen.get(state, -1)
             self._period = position - seen if seen >= 0 else 0
             self._since = position
+            if self._period:
+                kvm.counters.near(STATE_AGAIN)
         elif position - self._since >= CONFIRMATIONS * self._period:
             self._report(position)
         self._last_seen[state] = position
+
+    def _count_waiting(self) -> None:
+        """A near miss if the thread that yields is the only one of several that does not wait."""
+        waiting = 0
+        running = 0
+        for thread in self.kvm.host.threads:
+            if not thread.done:
+                if thread.waiting is not None and not thread.waiting.ready():
+                    waiting += 1
+                else:
+                    running += 1
+        if waiting and running == 1:
+            self.kvm.counters.near(ALL_BUT_ONE_WAIT)
 
     def _somebody_is_stuck(self) -> bool:
         """True if an unfinished vCPU has made no progress since the recorded states began."""
@@ -88,6 +105,8 @@ class Progress:
         return False
 
     def _start_over(self) -> None:
+        if self._period:
+            self.kvm.counters.near(STATE_LEFT)
         self._base = [vcpu.progress for vcpu in self.kvm.vcpus]
         self._states = []
         self._last_seen = {}

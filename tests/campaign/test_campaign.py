@@ -1,4 +1,4 @@
-"""The campaign's own parts: budgets, the store of findings, the corpus, features, expectations."""
+"""The campaign's own parts: budgets, the store of findings, the corpus, counters, expectations."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mmufuzz.campaign.budget import Budget, Stop, parse_duration
 from mmufuzz.campaign.corpus import Corpus, files, load_directory
 from mmufuzz.campaign.engine_random import RandomEngine
 from mmufuzz.campaign.expect import unmet
-from mmufuzz.campaign.features import pairs
 from mmufuzz.campaign.files import InputError, write_atomic
 from mmufuzz.campaign.findings import FindingStore, Record, slug
 from mmufuzz.campaign.kernel import Kernel
 from mmufuzz.campaign.plan import Plan, missing, shares
+from mmufuzz.campaign.reached import MORE, NEW, NOTHING, Reached, bucket
 from mmufuzz.campaign.recorder import Recorder
 from mmufuzz.campaign.reducing import shrink
 from mmufuzz.campaign.tally import Tally
@@ -31,7 +31,8 @@ from mmufuzz.case.generate import generate
 from mmufuzz.case.model import FINDING, Case, Expect, Options, Slot, Vcpu, Word
 from mmufuzz.case.rng import Rng
 from mmufuzz.host.deviation import HOLD, RUN, Deviation
-from mmufuzz.host.sites import COUNT_LOAD, COUNT_STORE, EMUL_STORE, GPTE_LOAD, N_SITES, THREAD_START, label
+from mmufuzz.host.sites import EMUL_STORE, THREAD_START, label
+from mmufuzz.kvm.counters import BLOCKS, N_COUNTERS
 from mmufuzz.outcome import Finding, Outcome
 from mmufuzz.run import run
 
@@ -140,26 +141,33 @@ def test_a_kept_case_comes_back_from_disk(tmp_path: Path) -> None:
     assert case_bytes.encode(loaded) == case_bytes.encode(CASE)
 
 
-def test_a_feature_is_novel_once(tmp_path: Path) -> None:
-    corpus = Corpus(None)
-    assert corpus.novel(["a", "b"]) == ["a", "b"]
-    assert corpus.novel(["b", "c"]) == ["c"]
+def test_a_counter_is_new_once_and_then_counts_again_in_another_class_of_hits() -> None:
+    reached = Reached()
+    assert [reached.add({5: count}) for count in (1, 1, 2, 4, 7, 8)] == [NEW, NOTHING, MORE, MORE, NOTHING, MORE]
+    assert reached.add({5: 1, 6: 1}) == NEW
+    assert reached.total == 2
+
+
+def test_classes_of_hits_are_libfuzzer_s() -> None:
+    starts = [count for count in range(1, 300) if bucket(count) != bucket(count - 1)]
+    assert starts == [1, 2, 3, 4, 8, 16, 32, 128]
+
+
+def test_what_two_processes_reached_adds_up() -> None:
+    one, other = Reached(), Reached()
+    one.add({1: 1, 2: 1})
+    other.add({2: 4, N_COUNTERS - 1: 1})
+    one.absorb(other.as_json())
+    assert one.total == 3 and one.add({2: 5}) == NOTHING
+    assert one.by_block()["interleaving"] == {"reached": 1, "of": BLOCKS[-1].size}
+    with pytest.raises(ValueError):
+        one.absorb("00")
 
 
 def test_files_of_a_directory_come_in_order(tmp_path: Path) -> None:
     for name in ("b.toml", "a.case", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
     assert [path.name for path in files(tmp_path)] == ["a.case", "b.toml"]
-
-
-def test_an_interleaving_pair_is_two_threads_at_a_word_that_one_of_them_writes() -> None:
-    word = 0x5000
-    store = (label(0, 0, COUNT_STORE, 1), word, 1)
-    load = (label(1, 0, COUNT_LOAD, 1), word, 1)
-    assert pairs([store, load]) == [COUNT_STORE * N_SITES + COUNT_LOAD]
-    assert pairs([load, (label(0, 0, GPTE_LOAD, 1), word, 1)]) == []
-    assert pairs([store, (label(0, 1, COUNT_LOAD, 1), word, 1)]) == []
-    assert pairs([store, (label(1, 0, COUNT_LOAD, 1), word + 8, 1)]) == []
 
 
 def outcome_with(verdict: str, *findings: Finding) -> Outcome:

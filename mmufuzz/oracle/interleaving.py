@@ -1,0 +1,61 @@
+"""Which thread met which other one at a word, from the trace of a run: the counters of the block "interleaving".
+
+A pair is two accesses by different threads to one word with no other thread's between them, at least one of them a
+write. Where the second reads another value than the first stored, the store was still in a buffer: the second *missed*
+it. Both orders of a pair are counters of their own, so a run in which two events are reversed reaches something new.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mmufuzz.host.sites import N_SITES, SITE_NAMES
+from mmufuzz.kvm.counters import BOTH_MISSED, PAIR_BLOCK, Counters
+
+_WRITES: Final = [name.endswith((".store", ".atomic", ".lock", ".unlock")) for name in SITE_NAMES]
+_STORES: Final = [name.endswith((".store", ".unlock")) for name in SITE_NAMES]
+_READS: Final = [name.endswith((".load", ".walk")) for name in SITE_NAMES]
+
+
+def count_interleavings(trace: list[tuple[int, int, int]], threads: int, counters: Counters) -> None:
+    """Count the pairs of ``trace``; a run of one thread has none."""
+    if threads < 2:
+        return
+    hits = counters.hits
+    base = PAIR_BLOCK.base
+    last: dict[int, int] = {}
+    """By word: label of the last access."""
+    stored: dict[int, int] = {}
+    """By address: the value of the last plain store."""
+    missed = 0
+    """Bit ``first * threads + second``: the second thread missed a store of the first."""
+    for label, address, value in trace:
+        if address == 0 or label < 0:
+            continue
+        word = address >> 3
+        before = last.get(word, 0)
+        last[word] = label
+        site = label >> 16 & 0xFF
+        if _STORES[site]:
+            stored[address] = value
+        elif _WRITES[site] and address in stored:
+            del stored[address]  # what a locked operation wrote is not in the trace
+        if before == 0:
+            continue
+        thread = label >> 36
+        other = before >> 36
+        if thread == other:
+            continue
+        site_before = before >> 16 & 0xFF
+        if not (_WRITES[site] or _WRITES[site_before]):
+            continue
+        index = (site_before * N_SITES + site) * 4
+        if _READS[site] and _STORES[site_before] and stored.get(address, value) != value:
+            index += 2
+            missed |= 1 << other * threads + thread
+            if missed >> thread * threads + other & 1:
+                counters.near(BOTH_MISSED)
+        if thread < other:
+            index += 1
+        index += base
+        hits[index] = hits.get(index, 0) + 1
