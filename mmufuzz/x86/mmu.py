@@ -24,28 +24,28 @@ from mypy_extensions import mypyc_attr
 
 from mmufuzz.x86.paging import (
     ACCESS_WRITE,
+    LOW,
+    LOW_BITS,
     PAGE_SHIFT,
     PAGE_SIZE,
     PTE_A,
     PTE_D,
     PTE_G,
-    PTE_NX,
     PTE_P,
+    PTE_PS,
     PTE_U,
     PTE_W,
     PagingConfig,
-    entry_address,
+    denial,
     fault_code,
-    is_leaf,
-    leaf_frame,
-    permitted,
     pte_frame,
-    reserved_bits,
 )
 from mmufuzz.x86.state import PFERR_PRESENT, PFERR_RSVD, VECTOR_PF, Fault
 from mmufuzz.x86.tlb import PscEntry, Tlb, TlbEntry
 
 _OFFSET_MASK: Final = PAGE_SIZE - 1
+_NX_HIGH: Final = 1 << 11  # bit 63 of an entry, in its upper part
+_PKEY_HIGH_SHIFT: Final = 7
 
 # In place of a fault's cause: an entry changed between its load and its A/D update.
 _RACED: Final = -1
@@ -63,19 +63,38 @@ class HostPhys:
         """Set ``bits`` at ``hpa`` by one locked operation if the entry is ``expected``; False if it is not."""
         raise NotImplementedError
 
+    def load_entry_32(self, hpa: int) -> int:
+        """The 32-bit entry at ``hpa`` (a multiple of 4), unsigned, in one load."""
+        return self.load_entry(hpa & -8) >> ((hpa & 4) << 3) & 0xFFFFFFFF
+
+    def set_entry_bits_32(self, hpa: int, expected: int, bits: int) -> bool:
+        """``set_entry_bits`` of a 32-bit entry. What happens to its neighbour in the 64-bit word does not matter."""
+        shift = (hpa & 4) << 3
+        while True:
+            word = self.load_entry(hpa & -8)
+            if word >> shift & 0xFFFFFFFF != expected:
+                return False
+            if self.set_entry_bits(hpa & -8, word, bits << shift):
+                return True
+
 
 class HardwareMmu:
     """The translation hardware of one logical processor. Owns no memory; caches in ``tlb``."""
 
     def __init__(self, tlb: Tlb, phys: HostPhys) -> None:
-        self.tlb: Final = tlb
+        self.tlb = tlb
         self.phys: Final = phys
+        self.pdptes: list[int] = [0, 0, 0, 0]
+        """The PDPTE registers (SDM 4.4.1); whoever loads them has checked their reserved bits."""
         # Why the last attempt made no entry. Written last thing before the attempt returns and read at once: loads may
         # switch threads, and whoever runs meanwhile may fill this processor's TLB.
         self._cause = 0
 
     def translate(self, config: PagingConfig, root_pfn: int, root_level: int, gva: int, access: int) -> int:
-        """Host-physical address of the byte at ``gva``, by the tables of ``root_level`` (4 or 5) at ``root_pfn``.
+        """Host-physical address of the byte at ``gva``, by the tables of ``root_level`` at ``root_pfn``.
+
+        ``root_level`` is 4 or 5 with 8-byte entries, 2 with 4-byte ones; with PAE paging the PDPTE registers take the
+        place of both. ``gva`` is canonical, and has 32 bits where linear addresses are that short.
 
         Sets A, and D for a write, by locked operations; a walk that loses to another writer of the
         entry starts over, for as long as it takes. Raises ``Fault`` (#PF, error code, ``gva``), after dropping the
@@ -88,15 +107,19 @@ class HardwareMmu:
         start: PscEntry | None = None
         if cached is None:
             start = self.tlb.psc_lookup(gva)
-        elif (cached.dirty or not access & ACCESS_WRITE) and permitted(
-            config, cached.writable, cached.user, cached.nx, access
+        elif (cached.dirty or not access & ACCESS_WRITE) and not denial(
+            config, cached.writable, cached.user, cached.nx, cached.pkey, access
         ):
             return (cached.pfn << PAGE_SHIFT) | offset
         else:
             self.tlb.evict(cached.vpn)
-        root = PscEntry(root_level, root_pfn, True, True, False)
         while True:
-            made = self._walk(config, root if start is None else start, gva, access, False)
+            made: TlbEntry | None = None
+            begin = self._root(config, root_pfn, root_level, gva) if start is None else start
+            if begin is None:
+                self._cause = 0
+            else:
+                made = self._walk(config, begin, gva, access, False)
             if made is not None:
                 return (made.pfn << PAGE_SHIFT) | offset
             if self._cause == _RACED:
@@ -118,8 +141,17 @@ class HardwareMmu:
             return False
         start = self.tlb.psc_lookup(gva)
         if start is None:
-            start = PscEntry(root_level, root_pfn, True, True, False)
-        return self._walk(config, start, gva, access, True) is not None
+            start = self._root(config, root_pfn, root_level, gva)
+        return start is not None and self._walk(config, start, gva, access, True) is not None
+
+    def _root(self, config: PagingConfig, root_pfn: int, root_level: int, gva: int) -> PscEntry | None:
+        """Where a walk of ``gva`` begins that uses no cached entry; None if its PDPTE register is not present."""
+        if config.level != 3:
+            return PscEntry(root_level, root_pfn, True, True, False)
+        pdpte = self.pdptes[gva >> 30 & 3]
+        if not pdpte & PTE_P:
+            return None
+        return PscEntry(2, pte_frame(pdpte), True, True, False)
 
     def _walk(
         self, config: PagingConfig, start: PscEntry, gva: int, access: int, speculative: bool
@@ -130,52 +162,68 @@ class HardwareMmu:
         writable = start.writable
         user = start.user
         nx = start.nx
+        wide = config.wide
         while True:
-            hpa = entry_address(table, gva, level)
-            entry = self.phys.load_entry(hpa)
-            if not entry & PTE_P:
+            hpa = config.entry_address(table, gva, level)
+            entry = self.phys.load_entry(hpa) if wide else self.phys.load_entry_32(hpa)
+            # Apart, so that bit 63 costs nothing below.
+            high = entry >> LOW_BITS
+            low = entry & LOW
+            if not low & PTE_P:
                 self._cause = 0
                 return None
-            if reserved_bits(config, level, entry):
+            leaf = level == 1
+            reserved = config.reserved_low
+            if low & PTE_PS:
+                reserved = config.reserved_low_ps[level]
+                leaf = leaf or config.maps_page[level]
+            if low & reserved or high & config.reserved_high:
                 self._cause = PFERR_PRESENT | PFERR_RSVD
                 return None
-            writable = writable and entry & PTE_W != 0
-            user = user and entry & PTE_U != 0
-            nx = nx or entry & PTE_NX != 0
-            if is_leaf(level, entry):
+            writable = writable and low & PTE_W != 0
+            user = user and low & PTE_U != 0
+            nx = nx or high & _NX_HIGH != 0
+            if leaf:
                 break
-            if not self._set_bits(hpa, entry, PTE_A):
+            if not low & PTE_A and not self._set_bits(wide, hpa, entry, PTE_A):
                 return None
-            table = pte_frame(entry)
+            table = low >> PAGE_SHIFT
             level -= 1
             # Only after A is set may the entry be cached (SDM 4.10.3.1).
             self.tlb.psc_insert(gva, PscEntry(level, table, writable, user, nx))
-        if not permitted(config, writable, user, nx, access):
-            self._cause = PFERR_PRESENT
+        pkey = high >> _PKEY_HIGH_SHIFT & 15 if config.pke else 0
+        cause = denial(config, writable, user, nx, pkey, access)
+        if cause:
+            self._cause = cause
             return None
-        dirty = entry & PTE_D != 0
+        dirty = low & PTE_D != 0
         wanted = PTE_A
         if access & ACCESS_WRITE and not speculative:
             wanted |= PTE_D
             dirty = True
-        if not self._set_bits(hpa, entry, wanted):
+        missing = wanted & ~low
+        if missing and not self._set_bits(wide, hpa, entry, missing):
             return None
         made = TlbEntry(
             gva >> PAGE_SHIFT,
-            leaf_frame(level, entry, gva),
+            config.leaf_frame(level, low, gva),
             writable=writable,
             user=user,
             nx=nx,
             dirty=dirty,
-            is_global=config.pge and entry & PTE_G != 0,
+            is_global=config.pge and low & PTE_G != 0,
             tag=hpa,
+            pkey=pkey,
+            order=config.index_bits * (level - 1),
         )
         self.tlb.insert(made)
         return made
 
-    def _set_bits(self, hpa: int, entry: int, wanted: int) -> bool:
-        missing = wanted & ~entry
-        if missing and not self.phys.set_entry_bits(hpa, entry, missing):
+    def _set_bits(self, wide: bool, hpa: int, entry: int, missing: int) -> bool:
+        if wide:
+            done = self.phys.set_entry_bits(hpa, entry, missing)
+        else:
+            done = self.phys.set_entry_bits_32(hpa, entry, missing)
+        if not done:
             self._cause = _RACED
-            return False
-        return True
+        return done

@@ -1,25 +1,32 @@
-"""Paging as the architecture defines it: entry formats, access rights and the reference walk.
+"""Paging as the architecture defines it: modes, entry formats, access rights and page-fault error codes.
 
-SDM references are to volume 3, chapter 4. Modelled: no paging, 4-level and 5-level paging. The
-mode is one number, ``PagingConfig.level``, and everything that depends on the entry format goes through
-``reserved_bits``, ``is_leaf``, ``leaf_frame`` and ``table_index``, which is where PAE and 32-bit
-paging would branch.
+SDM references are to volume 3, chapter 4. The mode is one number, ``PagingConfig.level``: the depth of the tables.
 
-Linear addresses are taken as canonical: a non-canonical one is #GP or #SS before any walk begins
-(SDM vol. 1, 3.3.7.1), which is the business of whoever executes the access.
+=====  ==============  =======  ====================================================================
+level  mode            entries  pages
+=====  ==============  =======  ====================================================================
+0      no paging       -        -
+2      32-bit (4.3)    4 bytes  4K; 4M if CR4.PSE
+3      PAE (4.4)       8 bytes  4K, 2M; level 3 is the four PDPTE registers, not a table
+4      4-level (4.5)   8 bytes  4K, 2M, 1G
+5      5-level (4.5)   8 bytes  4K, 2M, 1G
+=====  ==============  =======  ====================================================================
+
+Functions that take no configuration (``table_index``, ``entry_address``, ``is_leaf``, ``leaf_frame``) speak of
+8-byte entries; the methods of ``PagingConfig`` by the same names of any mode. How a walk puts them together is
+in ``page_walk``.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from mypy_extensions import mypyc_attr
-
 from mmufuzz.x86.state import (
     CR0_PG,
     CR0_WP,
     CR4_PAE,
     CR4_PGE,
+    CR4_PSE,
     CR4_SMAP,
     CR4_SMEP,
     EFER_LMA,
@@ -27,13 +34,12 @@ from mmufuzz.x86.state import (
     FLAG_AC,
     PFERR_FETCH,
     PFERR_PRESENT,
-    PFERR_RSVD,
     PFERR_USER,
     PFERR_WRITE,
     Regs,
 )
 
-# Bits of a 64-bit paging-structure entry (SDM tables 4-15 to 4-20).
+# Bits of a paging-structure entry (SDM tables 4-5, 4-6, 4-9 to 4-11 and 4-15 to 4-20).
 PTE_P: Final = 1 << 0
 PTE_W: Final = 1 << 1
 PTE_U: Final = 1 << 2
@@ -43,7 +49,8 @@ PTE_A: Final = 1 << 5
 PTE_D: Final = 1 << 6
 PTE_PS: Final = 1 << 7  # levels 2 and 3: maps a page; level 1: PAT
 PTE_G: Final = 1 << 8
-PTE_PAT_LARGE: Final = 1 << 12  # PAT of a 2M or 1G page
+PTE_PAT_LARGE: Final = 1 << 12  # PAT of a 2M, 4M or 1G page
+PTE_PKEY_SHIFT: Final = 59  # four bits, in a leaf of 4-level and 5-level paging
 PTE_NX: Final = 1 << 63
 
 PAGE_SHIFT: Final = 12
@@ -52,25 +59,35 @@ ENTRIES_PER_TABLE: Final = 512
 MAXPHYADDR: Final = 40
 
 CR4_LA57: Final = 1 << 12
+CR4_PCIDE: Final = 1 << 17
+CR4_PKE: Final = 1 << 22
 
-# Kinds of access: an or of these, at the positions they have in the #PF error code.
+PFERR_PK: Final = 1 << 5
+
+# Kinds of access: an or of these, the first four at the positions they have in the #PF error code.
 ACCESS_READ: Final = 0
 ACCESS_WRITE: Final = PFERR_WRITE
 ACCESS_USER: Final = PFERR_USER
 ACCESS_FETCH: Final = PFERR_FETCH
+ACCESS_IMPLICIT: Final = 1 << 48
+"""A supervisor access that no instruction asked for: descriptor tables, TSS (SDM 4.6). Excludes ACCESS_USER."""
 
 NO_ADDRESS: Final = -1
 NO_MEMORY: Final = -1
 
+# Where an entry is split: what lies below is a small integer on every build, and bit 63 costs nothing.
+LOW_BITS: Final = 52
+LOW: Final = (1 << LOW_BITS) - 1
+
 _FRAME_MASK: Final = (1 << 40) - 1
-_OFFSET_MASK: Final = PAGE_SIZE - 1
-_MAX_LEVEL: Final = 5
+_PDPTE_RESERVED: Final = 0b1_1110_0110
 
 # No two of these share a position, so that one integer can key the cache of configurations.
 _CR0_KEY: Final = CR0_WP | CR0_PG
-_CR4_KEY: Final = CR4_PAE | CR4_PGE | CR4_LA57 | CR4_SMEP | CR4_SMAP
+_CR4_KEY: Final = CR4_PSE | CR4_PAE | CR4_PGE | CR4_LA57 | CR4_SMEP | CR4_SMAP
 _EFER_KEY: Final = EFER_LMA | EFER_NX
-_MAXPHYADDR_KEY_SHIFT: Final = 32
+_EFER_KEY_SHIFT: Final = 32
+_MAXPHYADDR_KEY_SHIFT: Final = 48
 
 
 def pte_frame(entry: int) -> int:
@@ -99,11 +116,19 @@ def leaf_frame(level: int, entry: int, gva: int) -> int:
     return (pte_frame(entry) & ~within) | ((gva >> PAGE_SHIFT) & within)
 
 
+def is_canonical(gva: int, bits: int) -> bool:
+    """True if bits 63..``bits``-1 of ``gva``, an unsigned 64-bit address, are equal (SDM vol. 1, 3.3.7.1)."""
+    upper = gva >> (bits - 1)
+    return upper == 0 or upper == (1 << (65 - bits)) - 1
+
+
 class PagingConfig:
     """What the registers say about paging. Immutable: configurations are shared and cached.
 
-    ``level`` is the depth of the tables: 0 without paging, 4 or 5. ``maxphyaddr`` is 32..52 bits.
-    ``rflags_ac`` is EFLAGS.AC; it matters only under SMAP. Raises ``ValueError`` for a value outside these.
+    ``level``: 0, 2, 3, 4 or 5, see the head of the module. ``maxphyaddr`` is 32..52 bits. ``rflags_ac`` is
+    EFLAGS.AC; it matters only under SMAP. ``pse`` matters only to 32-bit paging, ``pke`` only to 4-level and 5-level
+    paging, where ``pkru`` is PKRU. ``pse36`` and ``page_1g`` are what CPUID says of the processor. Raises
+    ``ValueError`` for a value outside these.
     """
 
     def __init__(
@@ -117,9 +142,14 @@ class PagingConfig:
         rflags_ac: bool = False,
         pge: bool = False,
         maxphyaddr: int = MAXPHYADDR,
+        pse: bool = True,
+        pke: bool = False,
+        pkru: int = 0,
+        pse36: bool = True,
+        page_1g: bool = True,
     ) -> None:
-        if level not in (0, 4, 5):
-            raise ValueError(f"paging with {level} levels is not modelled")
+        if level not in (0, 2, 3, 4, 5):
+            raise ValueError(f"there is no paging with {level} levels")
         if not 32 <= maxphyaddr <= 52:
             raise ValueError(f"maxphyaddr {maxphyaddr} is outside 32..52")
         self.level: Final = level
@@ -131,88 +161,154 @@ class PagingConfig:
         self.rflags_ac: Final = rflags_ac
         self.pge: Final = pge
         self.maxphyaddr: Final = maxphyaddr
+        self.pke: Final = pke and level >= 4
+        self.pkru: Final = pkru
+        self.linear_bits: Final = 57 if level == 5 else 48 if level == 4 else 32
+        self.wide: Final = level != 2
+        """Entries are 8 bytes long; else 4."""
+        self.index_bits: Final = 9 if level != 2 else 10
         # The I/D flag is reported only where fetches are told apart at all (SDM 4.7).
-        self.reports_fetch: Final = efer_nx or smep
-        common = (1 << 52) - (1 << maxphyaddr)
-        if not efer_nx:
-            common |= PTE_NX
-        self._reserved_table: Final[list[int]] = [common, common, common, common, common | PTE_PS, common | PTE_PS]
-        self._reserved_large: Final[list[int]] = [
-            common,
-            common,
-            common | ((1 << 21) - (1 << 13)),
-            common | ((1 << 30) - (1 << 13)),
-            common | PTE_PS,
-            common | PTE_PS,
-        ]
+        self.reports_fetch: Final = smep or (efer_nx and level != 2)
+        self.maps_page: Final[list[bool]] = [False, True, level != 2 or pse, page_1g, False, False]
+        """Indexed by level: an entry with PS maps a page. At level 1 the bit is PAT, and every entry does."""
+        table, ps = _reserved_masks(level, maxphyaddr, efer_nx, pse, pse36, page_1g)
+        self._reserved_table: Final = table
+        self._reserved_ps: Final = ps
+        # The same, split at LOW_BITS. Without PS all levels reserve the same bits.
+        self.reserved_low: Final = table & LOW
+        self.reserved_low_ps: Final[list[int]] = [mask & LOW for mask in ps]
+        self.reserved_high: Final = table >> LOW_BITS
 
     def reserved_mask(self, level: int, entry: int) -> int:
         """Bits that must be zero in a present entry of ``level`` that has the PS bit of ``entry``."""
         if entry & PTE_PS:
-            return self._reserved_large[level]
-        return self._reserved_table[level]
+            return self._reserved_ps[level]
+        return self._reserved_table
+
+    def entry_address(self, table_frame: int, gva: int, level: int) -> int:
+        """Physical address of the entry for ``gva`` in the table of ``level`` at ``table_frame``."""
+        if self.wide:
+            return (table_frame << PAGE_SHIFT) | (table_index(gva, level) << 3)
+        return (table_frame << PAGE_SHIFT) | ((gva >> (2 + 10 * level)) & 1023) << 2
+
+    def is_leaf(self, level: int, entry: int) -> bool:
+        """True if a present entry of ``level`` maps a page."""
+        return level == 1 or (entry & PTE_PS != 0 and self.maps_page[level])
+
+    def leaf_frame(self, level: int, entry: int, gva: int) -> int:
+        """Number of the 4K frame that holds ``gva``, given the leaf ``entry`` of ``level``."""
+        if self.wide or level == 1:
+            return leaf_frame(level, entry, gva)
+        # A 4M page: bits 13..20 are bits 32..39 of the address (SDM table 4-4).
+        return (entry >> 22 & 0x3FF) << 10 | (entry >> 13 & 0xFF) << 20 | (gva >> PAGE_SHIFT & 0x3FF)
+
+    def page_shift(self, level: int) -> int:
+        """Log2 of the size in bytes of a page that a leaf of ``level`` maps."""
+        return PAGE_SHIFT + self.index_bits * (level - 1)
+
+
+
+def _reserved_masks(
+    level: int, maxphyaddr: int, efer_nx: bool, pse: bool, pse36: bool, page_1g: bool
+) -> tuple[int, list[int]]:
+    """Reserved bits of entries without PS, and by level of those with PS.
+
+    SDM tables 4-4 to 4-6, 4-9 to 4-11 and 4-15 to 4-20.
+    """
+    if level == 2:
+        # Bits of a 4M page's address above bit 31 sit from bit 13 up; those the processor lacks are reserved.
+        address_bits = min(40, maxphyaddr) if pse36 else 32
+        large = (1 << 22) - (1 << (address_bits - 19)) if pse else 0
+        return 0, [0, 0, large, 0, 0, 0]
+    # With PAE paging bits 52..62 are reserved too; with more levels they are ignored or a protection key.
+    common = (1 << (63 if level == 3 else 52)) - (1 << maxphyaddr)
+    if not efer_nx:
+        common |= PTE_NX
+    pml = common | PTE_PS
+    large_2m = common | ((1 << 21) - (1 << 13))
+    large_1g = common | ((1 << 30) - (1 << 13)) if page_1g else pml
+    return common, [common, common, large_2m, large_1g, pml, pml]
 
 
 _configs: Final[dict[int, PagingConfig]] = {}
 
 
 def paging_config(regs: Regs, maxphyaddr: int = MAXPHYADDR) -> PagingConfig:
-    """Paging configuration that CR0, CR4, EFER and EFLAGS.AC select (SDM 4.1.1).
+    """Paging configuration that CR0, CR4, EFER and EFLAGS.AC select (SDM 4.1.1), without protection keys.
 
-    The answer is shared between calls with equal inputs. Raises ``ValueError`` for PAE and 32-bit
-    paging, which are not modelled.
+    The answer is shared between calls with equal inputs.
     """
     key = (
         (regs.cr0 & _CR0_KEY)
         | (regs.cr4 & _CR4_KEY)
-        | (regs.efer & _EFER_KEY)
+        | (regs.efer & _EFER_KEY) << _EFER_KEY_SHIFT
         | (regs.rflags & FLAG_AC)
         | (maxphyaddr << _MAXPHYADDR_KEY_SHIFT)
     )
     config = _configs.get(key)
     if config is None:
-        config = _build_config(regs, maxphyaddr)
+        config = build_config(regs.cr0, regs.cr4, regs.efer, regs.rflags, maxphyaddr=maxphyaddr)
         _configs[key] = config
     return config
 
 
-def _build_config(regs: Regs, maxphyaddr: int) -> PagingConfig:
-    if not regs.cr0 & CR0_PG:
+def build_config(
+    cr0: int,
+    cr4: int,
+    efer: int,
+    rflags: int,
+    *,
+    pkru: int = 0,
+    maxphyaddr: int = MAXPHYADDR,
+    pse36: bool = True,
+    page_1g: bool = True,
+) -> PagingConfig:
+    """The configuration that these registers select (SDM 4.1.1)."""
+    if not cr0 & CR0_PG:
         level = 0
-    elif regs.efer & EFER_LMA:
-        level = 5 if regs.cr4 & CR4_LA57 else 4
+    elif efer & EFER_LMA:
+        level = 5 if cr4 & CR4_LA57 else 4
     else:
-        mode = "PAE" if regs.cr4 & CR4_PAE else "32-bit"
-        raise ValueError(f"{mode} paging is not modelled")
+        level = 3 if cr4 & CR4_PAE else 2
     return PagingConfig(
         level,
-        cr0_wp=regs.cr0 & CR0_WP != 0,
-        smep=regs.cr4 & CR4_SMEP != 0,
-        smap=regs.cr4 & CR4_SMAP != 0,
-        efer_nx=regs.efer & EFER_NX != 0,
-        rflags_ac=regs.rflags & FLAG_AC != 0,
-        pge=regs.cr4 & CR4_PGE != 0,
+        cr0_wp=cr0 & CR0_WP != 0,
+        smep=cr4 & CR4_SMEP != 0,
+        smap=cr4 & CR4_SMAP != 0,
+        efer_nx=efer & EFER_NX != 0,
+        rflags_ac=rflags & FLAG_AC != 0,
+        pge=cr4 & CR4_PGE != 0,
         maxphyaddr=maxphyaddr,
+        pse=cr4 & CR4_PSE != 0,
+        pke=cr4 & CR4_PKE != 0,
+        pkru=pkru,
+        pse36=pse36,
+        page_1g=page_1g,
     )
 
 
 def reserved_bits(config: PagingConfig, level: int, entry: int) -> bool:
-    """True if the present ``entry`` of ``level`` (1..5) has a reserved bit set (SDM 4.7, RSVD flag).
+    """True if the present ``entry`` of ``level`` has a reserved bit set (SDM 4.7, RSVD flag).
 
-    Reserved are bits maxphyaddr..51, NX without EFER.NX, PS above level 3, and the address bits
-    below the size of a 2M or 1G page but for PAT (bit 12).
+    Reserved are address bits from maxphyaddr up, NX without EFER.NX, PS where no such page exists, and the
+    address bits below the size of a large page but for PAT (bit 12). Of level 3 of PAE paging see ``pdpte_reserved``.
     """
     return entry & config.reserved_mask(level, entry) != 0
+
+
+def pdpte_reserved(config: PagingConfig, pdpte: int) -> bool:
+    """True if ``pdpte`` of PAE paging is present with a reserved bit set: loading it raises #GP(0) (SDM 4.4.1)."""
+    return pdpte & PTE_P != 0 and pdpte & (_PDPTE_RESERVED | ((1 << 64) - (1 << config.maxphyaddr))) != 0
 
 
 def permitted(
     config: PagingConfig, accumulated_w: bool, accumulated_u: bool, accumulated_nx: bool, access: int
 ) -> bool:
-    """True if the access rights let ``access`` through (SDM 4.6.1).
+    """True if the access rights let ``access`` through, protection keys aside (SDM 4.6.1).
 
     ``accumulated_w`` and ``accumulated_u`` are the conjunction of R/W and U/S over all levels,
-    ``accumulated_nx`` the disjunction of NX. Data accesses are explicit ones: under SMAP, EFLAGS.AC
-    lets a supervisor reach user pages. For an implicit access pass a configuration without AC.
+    ``accumulated_nx`` the disjunction of NX. Under SMAP, EFLAGS.AC lets a supervisor reach user pages, unless the
+    access is an implicit one.
     """
     if not config.paging:
         return True
@@ -223,7 +319,7 @@ def permitted(
         if access & ACCESS_FETCH:
             if config.smep:
                 return False
-        elif config.smap and not config.rflags_ac:
+        elif config.smap and (not config.rflags_ac or access & ACCESS_IMPLICIT):
             return False
     if access & ACCESS_FETCH and accumulated_nx:
         return False
@@ -232,115 +328,33 @@ def permitted(
     return True
 
 
+def key_denies(config: PagingConfig, accumulated_u: bool, pkey: int, access: int) -> bool:
+    """True if PKRU forbids ``access`` to a page with protection key ``pkey`` (SDM 4.6.2).
+
+    Only data accesses to user-mode addresses are subject to PKRU, whoever makes them. WD binds a supervisor only
+    under CR0.WP.
+    """
+    if not config.pke or not accumulated_u or access & ACCESS_FETCH:
+        return False
+    rights = config.pkru >> (2 * pkey)
+    if rights & 1:
+        return True
+    return rights & 2 != 0 and access & ACCESS_WRITE != 0 and (config.cr0_wp or access & ACCESS_USER != 0)
+
+
 def fault_code(config: PagingConfig, access: int, cause: int) -> int:
-    """#PF error code (SDM 4.7) of ``access``; ``cause`` is 0 (not present), P, or P and RSVD."""
+    """#PF error code (SDM 4.7) of ``access``; ``cause`` is 0 (not present), P, P and RSVD, or P and PK."""
     code = cause | (access & (PFERR_WRITE | PFERR_USER))
     if access & ACCESS_FETCH and config.reports_fetch:
         code |= PFERR_FETCH
     return code
 
 
-@mypyc_attr(allow_interpreted_subclasses=True)
-class PageTableReader:
-    """Where ``walk`` finds paging-structure entries."""
+def denial(config: PagingConfig, w: bool, u: bool, nx: bool, pkey: int, access: int) -> int:
+    """Cause (see ``fault_code``) for which ``access`` to a mapped page faults, or 0 if it is allowed.
 
-    def read_entry(self, gpa: int) -> int:
-        """The 64-bit entry at ``gpa`` (a multiple of 8), unsigned; negative if there is no memory."""
-        raise NotImplementedError
-
-
-class WalkResult:
-    """What a walk found.
-
-    ``fault``: the access raises #PF with ``error_code`` (0 if there is no fault).
-    ``level``: of the last entry read: of the leaf, or of the entry that stopped the walk; 0 without paging.
-    ``gpa``, ``gfn``: of the byte accessed, if a leaf was reached, even one that forbids the access;
-    otherwise ``NO_ADDRESS``.
-    ``entries``: (gpa of the entry, its value) from the root down, the entry that stopped the walk included.
-    ``writable``, ``user``, ``nx``: accumulated over the present, well-formed entries of ``entries``.
-    ``no_memory``: a table lies outside memory. The error code then says "not present", as KVM's walker does
-    (paging_tmpl.h:walk_addr_generic); hardware would read whatever the bus answers.
+    PK is reported whenever PKRU forbids the access, be it forbidden for another reason too (SDM 4.7).
     """
-
-    def __init__(self, access: int) -> None:
-        self.access: Final = access
-        self.fault = False
-        self.error_code = 0
-        self.gpa = NO_ADDRESS
-        self.gfn = NO_ADDRESS
-        self.level = 0
-        self.entries: list[tuple[int, int]] = []
-        self.writable = True
-        self.user = True
-        self.nx = False
-        self.no_memory = False
-
-    @property
-    def ad_updates(self) -> list[tuple[int, int]]:
-        """Accessed and dirty flags that the access sets: (gpa of the entry, bits that are clear), root first.
-
-        SDM 4.8. Empty for an access that faults: hardware may then have set A in the upper entries, or not.
-        An entry that a self-mapping table uses at two levels may be listed twice.
-        """
-        updates: list[tuple[int, int]] = []
-        if self.fault:
-            return updates
-        remaining = len(self.entries)
-        for gpa, entry in self.entries:
-            remaining -= 1
-            wanted = PTE_A
-            if remaining == 0 and self.access & ACCESS_WRITE:
-                wanted |= PTE_D
-            missing = wanted & ~entry
-            if missing:
-                updates.append((gpa, missing))
-        return updates
-
-
-def walk(config: PagingConfig, root_gfn: int, gva: int, access: int, memory: PageTableReader) -> WalkResult:
-    """Translate ``gva`` for ``access`` by the tables at ``root_gfn``, as the architecture defines it.
-
-    Reads entries from ``memory``, once each, and changes nothing: ``WalkResult.ad_updates`` says
-    what hardware would write. Faults are found in hardware's order: level by level from the root,
-    P before reserved bits, access rights only once the leaf is known (SDM 4.5, 4.6, 4.7).
-    """
-    result = WalkResult(access)
-    if not config.paging:
-        result.gpa = gva
-        result.gfn = gva >> PAGE_SHIFT
-        return result
-    table = root_gfn
-    level = config.level
-    while True:
-        result.level = level
-        address = entry_address(table, gva, level)
-        entry = memory.read_entry(address)
-        if entry < 0:
-            result.no_memory = True
-            return _fail(result, config, 0)
-        result.entries.append((address, entry))
-        if not entry & PTE_P:
-            return _fail(result, config, 0)
-        if reserved_bits(config, level, entry):
-            return _fail(result, config, PFERR_PRESENT | PFERR_RSVD)
-        if not entry & PTE_W:
-            result.writable = False
-        if not entry & PTE_U:
-            result.user = False
-        if entry & PTE_NX:
-            result.nx = True
-        if is_leaf(level, entry):
-            break
-        table = pte_frame(entry)
-        level -= 1
-    result.gfn = leaf_frame(level, entry, gva)
-    result.gpa = (result.gfn << PAGE_SHIFT) | (gva & _OFFSET_MASK)
-    if not permitted(config, result.writable, result.user, result.nx, access):
-        return _fail(result, config, PFERR_PRESENT)
-    return result
-
-
-def _fail(result: WalkResult, config: PagingConfig, cause: int) -> WalkResult:
-    result.fault = True
-    result.error_code = fault_code(config, result.access, cause)
-    return result
+    if config.pke and key_denies(config, u, pkey, access):
+        return PFERR_PRESENT | PFERR_PK
+    return 0 if permitted(config, w, u, nx, access) else PFERR_PRESENT

@@ -4,7 +4,8 @@ SDM volume 3, 4.10. Retention is adversarial: an entry stays until the owner rem
 architecture allows a processor to keep an entry for ever and the interesting bugs need exactly that.
 Equally, it allows any entry to go at any time: ``evict`` and ``psc_evict`` are for the owner to say when.
 
-A ``Tlb`` is one address-space identifier. With PCIDs or VPIDs the owner keeps one for each.
+A ``Tlb`` is one address-space identifier. With VPIDs the owner keeps one for each; with PCIDs too, and those share the
+translations of global pages (SDM 4.10.2.4).
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ PSC_LEVELS: Final = 4
 
 
 class TlbEntry:
-    """A cached translation of one 4K page; a 2M or 1G mapping is held as 4K pieces (SDM 4.10.2.3).
+    """A cached translation of one 4K page; a larger mapping is held as 4K pieces (SDM 4.10.2.3).
 
     Immutable. ``vpn`` is gva >> 12 and ``pfn`` the frame it maps to. ``writable``, ``user`` and
     ``nx`` are accumulated over the levels. ``dirty``: the leaf's D flag was set when the entry was made.
+    ``pkey``: the leaf's protection key. ``order``: log2 of the number of 4K pages that the leaf maps.
     ``tag`` means what the owner wants; the hardware walker puts the physical address of the leaf entry there.
     """
 
@@ -36,6 +38,8 @@ class TlbEntry:
         dirty: bool,
         is_global: bool = False,
         tag: int = 0,
+        pkey: int = 0,
+        order: int = 0,
     ) -> None:
         self.vpn: Final = vpn
         self.pfn: Final = pfn
@@ -45,6 +49,8 @@ class TlbEntry:
         self.dirty: Final = dirty
         self.is_global: Final = is_global
         self.tag: Final = tag
+        self.pkey: Final = pkey
+        self.order: Final = order
 
 
 class PscEntry:
@@ -67,52 +73,95 @@ def psc_key(gva: int, level: int) -> int:
     return gva >> (PAGE_SHIFT + 9 * level)
 
 
-class Tlb:
-    """All that one logical processor has cached of its translations. Every operation is deterministic."""
+class PageCache:
+    """Cached translations by page. One of global pages is shared by all PCIDs of a processor (SDM 4.10.2.4)."""
 
     def __init__(self) -> None:
-        self._pages: dict[int, TlbEntry] = {}
+        self.pages: dict[int, TlbEntry] = {}
+        self.has_large = False
+        """Some entry may be a piece of a large page: INVLPG has to look at every entry."""
+
+    def insert(self, entry: TlbEntry) -> None:
+        """Add ``entry``, in place of any other for the same page."""
+        self.pages[entry.vpn] = entry
+        if entry.order:
+            self.has_large = True
+
+    def drop_page(self, vpn: int) -> None:
+        """Drop the entry for ``vpn``, and all pieces of a large page that has ``vpn`` in it."""
+        self.pages.pop(vpn, None)
+        if self.has_large:
+            for other in [entry.vpn for entry in self.pages.values() if entry.vpn >> entry.order == vpn >> entry.order]:
+                del self.pages[other]
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self.pages = {}
+        self.has_large = False
+
+
+class Tlb:
+    """All that one logical processor has cached of its translations. Every operation is deterministic.
+
+    ``shared``: where global pages are kept, if other PCIDs use them too.
+    """
+
+    def __init__(self, shared: PageCache | None = None) -> None:
+        self._own: Final = PageCache()
+        self._global: Final = PageCache() if shared is None else shared
         # Indexed by level; index 0 is unused.
         self._psc: list[dict[int, PscEntry]] = [{} for _ in range(PSC_LEVELS + 1)]
 
     def lookup(self, vpn: int) -> TlbEntry | None:
         """The entry for ``vpn``, if there is one."""
-        return self._pages.get(vpn)
+        entry = self._own.pages.get(vpn)
+        return self._global.pages.get(vpn) if entry is None else entry
 
     def insert(self, entry: TlbEntry) -> None:
         """Add ``entry``, in place of any other for the same page."""
-        self._pages[entry.vpn] = entry
+        if entry.is_global:
+            self._own.pages.pop(entry.vpn, None)
+            self._global.insert(entry)
+        else:
+            self._global.pages.pop(entry.vpn, None)
+            self._own.insert(entry)
 
     def entries(self) -> list[TlbEntry]:
-        """All page entries, in the order in which their pages first entered."""
-        return list(self._pages.values())
+        """All page entries, global ones last, each kind in the order in which its pages first entered."""
+        return [*self._own.pages.values(), *self._global.pages.values()]
 
     def evict(self, vpn: int) -> bool:
         """Drop the entry for ``vpn`` as for want of room; nothing else goes. True if there was one."""
-        return self._pages.pop(vpn, None) is not None
+        own = self._own.pages.pop(vpn, None)
+        return self._global.pages.pop(vpn, None) is not None or own is not None
 
     def invalidate(self, vpn: int) -> None:
-        """INVLPG: drop the entry for ``vpn``, global or not, and every paging-structure entry (SDM 4.10.4.1)."""
-        self._pages.pop(vpn, None)
+        """INVLPG: drop the entries for the page of ``vpn``, global or not, and every paging-structure entry.
+
+        SDM 4.10.4.1. Of a large page all pieces go, whichever of them ``vpn`` is in.
+        """
+        self._own.drop_page(vpn)
+        self._global.drop_page(vpn)
         self._psc_clear()
+
+    def invalidate_address(self, gva: int) -> None:
+        """INVPCID of type 0: drop what a translation of ``gva`` would use, but for global pages (SDM 4.10.4.1)."""
+        self._own.drop_page(gva >> PAGE_SHIFT)
+        self._psc_drop(gva)
 
     def invalidate_on_fault(self, gva: int) -> None:
         """What a #PF at ``gva`` drops: the page's entry and the paging-structure entries that ``gva`` would use.
 
         SDM 4.10.4.1, last paragraphs: they ensure that the fault does not recur on behalf of stale entries.
         """
-        self._pages.pop(gva >> PAGE_SHIFT, None)
-        for level in range(1, PSC_LEVELS + 1):
-            self._psc[level].pop(psc_key(gva, level), None)
+        self.evict(gva >> PAGE_SHIFT)
+        self._psc_drop(gva)
 
     def flush_all(self, keep_global: bool = False) -> None:
         """Drop everything, or with ``keep_global`` (a MOV to CR3) everything but global pages (SDM 4.10.4.1)."""
-        kept: dict[int, TlbEntry] = {}
-        if keep_global:
-            for vpn, entry in self._pages.items():
-                if entry.is_global:
-                    kept[vpn] = entry
-        self._pages = kept
+        self._own.clear()
+        if not keep_global:
+            self._global.clear()
         self._psc_clear()
 
     def psc_lookup(self, gva: int) -> PscEntry | None:
@@ -138,9 +187,10 @@ class Tlb:
         Frames and tags are as they are; renaming them is up to the caller.
         """
         pages: list[tuple[int, ...]] = []
-        for vpn, page in self._pages.items():
+        for page in self.entries():
             rights = _rights(page.writable, page.user, page.nx) | page.dirty << 3 | page.is_global << 4
-            pages.append((vpn, page.pfn, rights, page.tag))
+            rights |= page.pkey << 5 | page.order << 9
+            pages.append((page.vpn, page.pfn, rights, page.tag))
         pages.sort()
         tables: list[tuple[int, ...]] = []
         for level in range(1, PSC_LEVELS + 1):
@@ -148,6 +198,10 @@ class Tlb:
                 tables.append((level, key, table.table_pfn, _rights(table.writable, table.user, table.nx)))
         tables.sort()
         return tuple(pages), tuple(tables)
+
+    def _psc_drop(self, gva: int) -> None:
+        for level in range(1, PSC_LEVELS + 1):
+            self._psc[level].pop(psc_key(gva, level), None)
 
     def _psc_clear(self) -> None:
         for level in range(1, PSC_LEVELS + 1):

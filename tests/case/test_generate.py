@@ -15,7 +15,8 @@ from mmufuzz.case.rng import Rng
 from mmufuzz.case.validate import in_slots, validate
 from mmufuzz.x86.decode import decode
 from mmufuzz.x86.insn import MEM
-from mmufuzz.x86.paging import PageTableReader, PagingConfig, walk
+from mmufuzz.x86.page_walk import PageTableReader, walk_tables
+from mmufuzz.x86.paging import PagingConfig
 from mmufuzz.x86.state import Fault
 
 SEEDS = st.integers(0, (1 << 64) - 1)
@@ -121,7 +122,7 @@ def stores(case: Case, vcpu: Vcpu) -> list[tuple[str, bool, int]]:
         if vcpu.mode == "flat32":
             found.append((insn.mnemonic, insn.fep, gva >> 12))
             continue
-        result = walk(PagingConfig(4), vcpu.cr3, gva, 0, Words(case))
+        result = walk_tables(PagingConfig(4), vcpu.cr3, gva, 0, Words(case))
         if not result.fault:
             found.append((insn.mnemonic, insn.fep, result.gfn))
     return found

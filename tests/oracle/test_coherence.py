@@ -35,6 +35,7 @@ from mmufuzz.host.sched import RunStop
 from mmufuzz.host.sites import GUEST_STORE
 from mmufuzz.kvm.memslots import gfn_to_pfn
 from mmufuzz.oracle.walks import ANY_RIGHTS, Walks
+from mmufuzz.x86.page_walk import PageTableReader, walk_tables
 from mmufuzz.x86.paging import (
     ACCESS_FETCH,
     ACCESS_USER,
@@ -44,8 +45,6 @@ from mmufuzz.x86.paging import (
     PTE_P,
     PTE_U,
     PTE_W,
-    PageTableReader,
-    walk,
 )
 
 PTE_OF_DATA = word_hpa(PT, DATA_GVA >> 12 & 511)
@@ -255,7 +254,7 @@ def test_the_search_finds_exactly_the_walks_of_all_choices_of_values(steps: list
     root = vcpu.regs.cr3 >> 12
     reached, mapped, codes = set(), set(), set()
     for choice in product(*held.values()):
-        result = walk(vcpu.paging, root, DATA_GVA, kind, Snapshot(m, dict(zip(held, choice, strict=True))))
+        result = walk_tables(vcpu.paging, root, DATA_GVA, kind, Snapshot(m, dict(zip(held, choice, strict=True))))
         if result.gfn >= 0:
             mapped.add(result.gfn)
         if result.fault:
