@@ -48,6 +48,10 @@ class Outcome:
         self.counters: dict[int, int] = {}
         """``kvm.counters``: index to count, of those that were hit."""
         self.guest = ""
+        self.registers: tuple[tuple[int, ...], ...] = ()
+        """General-purpose registers at the end, by vCPU and encoding number."""
+        self.words: dict[int, int] = {}
+        """Host physical memory at the end: address >> 3 to aligned 64-bit word, absent ones are zero."""
         self.events = 0
         self.instructions = 0
         self.exits: dict[str, int] = {}

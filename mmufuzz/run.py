@@ -92,6 +92,8 @@ def _fill(outcome: Outcome, case: Case, host: Host, kvm: Kvm, oracles: Oracles) 
         kvm.counters.near(HALF_SPENT)
     count_interleavings(host.trace, len(host.threads), kvm.counters)
     outcome.counters = kvm.counters.hits
+    outcome.registers = tuple([tuple(vcpu.regs.gpr) for vcpu in kvm.vcpus])
+    outcome.words = host.memory.words
     outcome.guest = _guest_digest(host, kvm)
 
 

@@ -17,6 +17,7 @@ RANKS = {
     "run": 4,
     "search": 5,
     "campaign": 6,
+    "litmus": 6,
     "report": 6,
     "cli": 7,
 }

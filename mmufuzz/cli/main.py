@@ -14,12 +14,12 @@ from types import FrameType
 
 from mmufuzz.campaign.files import InputError
 from mmufuzz.case.error import CaseError
-from mmufuzz.cli import corpus, doctor, explain, explore, fixes, fuzz, reduce, replay
+from mmufuzz.cli import corpus, doctor, explain, explore, fixes, fuzz, litmus, reduce, replay
 from mmufuzz.cli.arguments import Parser
 from mmufuzz.cli.output import Output
 from mmufuzz.cli.status import Status
 
-VERBS = (fuzz, replay, reduce, explain, explore, fixes, corpus, doctor)
+VERBS = (fuzz, replay, reduce, explain, explore, litmus, fixes, corpus, doctor)
 
 
 def version() -> str:
