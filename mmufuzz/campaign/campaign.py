@@ -12,6 +12,7 @@ from typing import Any
 from mmufuzz.campaign.budget import Budget, Stop
 from mmufuzz.campaign.corpus import OWN, Corpus, load_directory
 from mmufuzz.campaign.engine_atheris import run_atheris
+from mmufuzz.campaign.engine_guided import GuidedEngine
 from mmufuzz.campaign.engine_hypothesis import load_harness, run_batches
 from mmufuzz.campaign.engine_random import RandomEngine
 from mmufuzz.campaign.findings import FindingStore, Record
@@ -85,10 +86,11 @@ class Campaign:
         corpus_root = plan.checkout / "corpus" if plan.checkout is not None else None
         self.store = FindingStore(plan.findings, corpus_root)
         self.corpus = Corpus(plan.corpus / OWN)
-        if corpus_root is not None:
-            self.corpus.cases.extend(load_directory(corpus_root / "seeds"))
-        self.corpus.cases.extend(load_directory(plan.corpus / OWN))
-        self.corpus.cases.extend(load_directory(plan.corpus / "atheris_cases", any_name=True))
+        starts = load_directory(corpus_root / "seeds") if corpus_root is not None else []
+        starts += load_directory(plan.corpus / OWN)
+        starts += load_directory(plan.corpus / "atheris_cases", any_name=True)
+        for case in starts:
+            self.corpus.add(case)
         self.budget = Budget(plan.seconds, plan.cases)
         self.recorder = Recorder(plan.kernel, self.store, self.corpus, self.tally, self.stop, self.budget)
         self.recorder.campaign_seed = plan.seed
@@ -116,7 +118,7 @@ class Campaign:
             self.stop.requested,
             left_out,
             self.corpus.reached,
-            len(self.corpus.added),
+            self.corpus.added,
         )
 
     def _share(self, share: Share, position: int, weights: int, total: int, workdir: Path) -> None:
@@ -133,6 +135,8 @@ class Campaign:
         recorder.begin(share.name, seed)
         if share.engine == "random":
             RandomEngine(recorder, seed, budget, self._tick).run()
+        elif share.engine == "guided":
+            GuidedEngine(recorder, seed, budget, self._tick).run()
         elif self.plan.checkout is not None:
             harness = self.plan.checkout / "harnesses" / f"{share.harness}.py"
             if share.engine == "hypothesis":

@@ -12,12 +12,16 @@ from mmufuzz.case import bytes as case_bytes
 from mmufuzz.case import toml
 from mmufuzz.case.error import CaseError
 from mmufuzz.case.model import Case
+from mmufuzz.case.rng import Rng
 
 SUFFIX = ".case"
 """Of files in the bytes form."""
 
 OWN = "cases"
 """Where in a corpus directory the Cases are that this package kept; each Atheris harness has a directory beside it."""
+
+MOST_CASES = 2000
+"""Cases that a corpus has in memory."""
 
 LOAD_LIMIT = 4000
 """Files read from one directory: a corpus is a starting point, not an archive."""
@@ -26,24 +30,46 @@ LOAD_LIMIT = 4000
 class Corpus:
     """The Cases a campaign starts from and grows, and the counters they reach.
 
-    ``directory`` None keeps everything in memory.
+    ``directory`` None keeps everything in memory. There, at most ``MOST_CASES`` are kept: of those chosen most often
+    the oldest makes room. On disk there are never more than there are counters and classes of hits.
     """
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = writable_directory(directory) if directory is not None else None
         self.cases: list[Case] = []
+        self._chosen: list[int] = []
+        """How often each was chosen."""
         self.reached = Reached()
-        self.added: list[Path] = []
+        self.added = 0
+        """Files written."""
+
+    def add(self, case: Case) -> None:
+        """Add ``case`` in memory."""
+        if len(self.cases) >= MOST_CASES:
+            worn = self._chosen.index(max(self._chosen))
+            del self.cases[worn]
+            del self._chosen[worn]
+        self.cases.append(case)
+        self._chosen.append(0)
+
+    def choose(self, rng: Rng) -> Case:
+        """A Case to go on from: of two random ones the one that was chosen less often."""
+        one = rng.below(len(self.cases))
+        other = rng.below(len(self.cases))
+        if self._chosen[other] < self._chosen[one]:
+            one = other
+        self._chosen[one] += 1
+        return self.cases[one]
 
     def keep(self, case: Case) -> None:
         """Add ``case``, on disk too."""
-        self.cases.append(case)
+        self.add(case)
         if self.directory is not None:
             data = case_bytes.encode(case)
             path = self.directory / f"{hashlib.sha256(data).hexdigest()[:16]}{SUFFIX}"
             if not path.exists():
                 write_atomic(path, data)
-                self.added.append(path)
+                self.added += 1
 
 
 def load_file(path: Path) -> Case:

@@ -19,7 +19,7 @@ HARNESSES = {
 }
 """Harness name to the engine that runs it."""
 
-ENGINES = ("random", "hypothesis", "atheris")
+ENGINES = ("guided", "hypothesis", "atheris", "random")
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,21 @@ class Share:
 
 
 SHARES = (
-    Share("random", "", 10),
+    Share("guided", "", 10),
     Share("hypothesis", "state_machine", 3),
     Share("hypothesis", "cases", 2),
     Share("atheris", "atheris_cases", 4),
     Share("atheris", "atheris_insn", 1),
 )
-"""The random loop gets half: per second it runs the most schedules, and schedules are what races hide in."""
+"""The guided engine gets half: per second it runs the most schedules, and schedules are what races hide in."""
+
+BLIND = Share("random", "", 1)
+"""The control: only on request."""
 
 
 def missing(engine: str, checkout: Path | None) -> str:
     """Why ``engine`` cannot run here; "" if it can."""
-    if engine == "random":
+    if engine in ("guided", "random"):
         return ""
     if checkout is None:
         return "its harnesses are in the source checkout; run mmufuzz from there"
@@ -82,6 +85,8 @@ def shares(plan: Plan) -> tuple[list[Share], list[str]]:
     """
     chosen: list[Share] = []
     left_out: list[str] = []
+    if plan.engine == BLIND.engine:
+        return [BLIND], left_out
     for engine in ENGINES:
         wanted = [share for share in SHARES if share.engine == engine and plan.harness in ("", share.harness)]
         if plan.engine not in ("auto", engine) or not wanted:

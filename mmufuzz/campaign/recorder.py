@@ -11,7 +11,7 @@ from mmufuzz.campaign.budget import Budget, Stop
 from mmufuzz.campaign.corpus import Corpus
 from mmufuzz.campaign.findings import FindingStore, Record
 from mmufuzz.campaign.kernel import Kernel
-from mmufuzz.campaign.reached import NEW
+from mmufuzz.campaign.reached import NOTHING
 from mmufuzz.campaign.reducing import shrink
 from mmufuzz.campaign.running import safe_run
 from mmufuzz.campaign.tally import EngineTally, Tally
@@ -52,6 +52,7 @@ class Recorder:
     """Whether Cases that reach something novel are kept."""
     reduce_findings: bool = True
     on_finding: Callable[[Record], None] | None = None
+    on_run: Callable[[], None] | None = None
 
     @property
     def share(self) -> EngineTally:
@@ -72,8 +73,10 @@ class Recorder:
         outcome = safe_run(case, strategy)
         self.share.schedules += 1
         self.tally.count(outcome)
+        if self.on_run is not None:
+            self.on_run()
         followed = replace(case, schedule=outcome.schedule) if strategy is not None else case
-        if self.grow and self.corpus.reached.add(outcome.counters) == NEW and outcome.verdict != HARNESS_ERROR:
+        if self.grow and self.corpus.reached.add(outcome.counters) != NOTHING and outcome.verdict != HARNESS_ERROR:
             self.corpus.keep(followed)
         if outcome.verdict != SUSPECT or stuck(outcome):
             for finding in outcome.findings:

@@ -13,7 +13,7 @@ from typing import Any
 import mmufuzz.host.sched
 from mmufuzz.campaign.budget import Budget, Stop
 from mmufuzz.campaign.corpus import Corpus
-from mmufuzz.campaign.engine_random import RandomEngine
+from mmufuzz.campaign.engine_guided import GuidedEngine
 from mmufuzz.campaign.files import checkout
 from mmufuzz.campaign.findings import FindingStore, Record
 from mmufuzz.campaign.kernel import Kernel
@@ -89,8 +89,8 @@ def plant(seed: int, output: Output) -> dict[str, Any]:
                 stop.requested = True
 
         recorder.on_finding = on_finding
-        recorder.begin("random", seed)
-        RandomEngine(recorder, seed, budget, lambda: output.progress(f"doctor: looking for {PLANTED}")).run()
+        recorder.begin("guided", seed)
+        GuidedEngine(recorder, seed, budget, lambda: output.progress(f"doctor: looking for {PLANTED}")).run()
         interrupted = stop.requested and not found
     output.done()
     if interrupted:

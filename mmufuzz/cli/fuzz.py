@@ -31,7 +31,12 @@ def add_parser(verbs: Any) -> None:
     limit.add_argument("--cases", metavar="N", type=count, help="end after N Cases instead")
     parser.add_argument("--harness", choices=sorted(HARNESSES), default="", help="one harness instead of all")
     add_kernel(parser, LATEST)
-    parser.add_argument("--engine", choices=("auto", *ENGINES), default="auto", help="auto shares the time among all")
+    parser.add_argument(
+        "--engine",
+        choices=("auto", *ENGINES),
+        default="auto",
+        help="auto shares the time among all that can run here; random is blind, a control",
+    )
     parser.add_argument("--jobs", metavar="N", type=count, default=1, help="processes, each with a seed of its own")
     parser.add_argument("--corpus", metavar="DIR", default=".mmufuzz/corpus", help="Cases to start from and to grow")
     parser.add_argument("--findings", metavar="DIR", default="findings", help="where reproducers go")
@@ -110,6 +115,9 @@ def summarize(result: Result, coverage: dict[str, Any] | None, output: Output) -
     tally = result.tally
     output.line()
     output.line(f"{tally.cases} cases, {tally.schedules} schedules in {result.seconds:.1f} s; seed {result.plan.seed}")
+    if result.plan.engine == "auto":
+        out = f"; left out {'; '.join(result.left_out)}" if result.left_out else ""
+        output.line(f"engines (auto)    {', '.join(tally.engines)}: all that can run here{out}")
     for name, engine in tally.engines.items():
         fields = engine.as_json()
         work = f"{engine.cases} cases" if engine.cases else f"{engine.executions} executions"

@@ -49,6 +49,9 @@ RARE: Final = 80
 RARE_TRIES: Final = 300
 """Turns after which a kind of critical cycle is no longer rare."""
 
+MOST_KINDS: Final = 10_000
+"""Kinds of races whose turns are remembered; beyond that the count begins anew."""
+
 ROUNDS: Final = 3
 
 # What an operation does, as far as races go.
@@ -238,6 +241,13 @@ class Aims:
     def __init__(self) -> None:
         self.tried: dict[int, int] = {}
 
+    def rare(self, races: Races) -> bool:
+        """Whether ``races`` has a critical cycle of a kind that is still rare."""
+        for key in races.cycle_keys:
+            if self.tried.get(key, 0) < RARE_TRIES:
+                return True
+        return False
+
     def schedule(self, races: Races, rng: Rng) -> tuple[Deviation, ...]:
         """A schedule aimed at one race, or nothing: then a strategy that knows no races is due.
 
@@ -245,8 +255,7 @@ class Aims:
         that of a critical cycle of a kind seldom tried.
         """
         choice = rng.below(100)
-        rarest = min([self.tried.get(key, 0) for key in races.cycle_keys], default=RARE_TRIES)
-        if choice < RELAX or (rarest < RARE_TRIES and choice < RARE):
+        if choice < RELAX or (choice < RARE and self.rare(races)):
             return self.relax(races, rng)
         return self.flip(races, rng) if choice < RELAX + FLIP else ()
 
@@ -296,7 +305,10 @@ class Aims:
             index = rng.below(len(keys))
             if self.tried.get(keys[index], 0) < self.tried.get(keys[best], 0):
                 best = index
-        self.tried[keys[best]] = self.tried.get(keys[best], 0) + 1
+        turns = self.tried.get(keys[best], 0) + 1
+        if turns == 1 and len(self.tried) >= MOST_KINDS:
+            self.tried = {}
+        self.tried[keys[best]] = turns
         return best
 
 

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mmufuzz.campaign.corpus
 from mmufuzz.campaign.attribution import attributed, shown_unchanged
 from mmufuzz.campaign.budget import Budget, Stop, parse_duration
 from mmufuzz.campaign.corpus import Corpus, files, load_directory
+from mmufuzz.campaign.engine_guided import GuidedEngine
 from mmufuzz.campaign.engine_random import RandomEngine
 from mmufuzz.campaign.expect import unmet
 from mmufuzz.campaign.files import InputError, write_atomic
@@ -164,6 +166,19 @@ def test_what_two_processes_reached_adds_up() -> None:
         one.absorb("00")
 
 
+def test_a_corpus_in_memory_is_bounded_and_the_most_worn_case_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmufuzz.campaign.corpus, "MOST_CASES", 3)
+    corpus = Corpus(None)
+    cases = [replace(CASE, comment=str(number)) for number in range(4)]
+    for case in cases[:3]:
+        corpus.add(case)
+    chosen = [corpus.choose(Rng(seed)) for seed in range(40)]
+    assert {chosen.count(case) for case in cases[:3]} <= {12, 13, 14, 15}
+    worn = max(cases[:3], key=chosen.count)
+    corpus.add(cases[3])
+    assert corpus.cases == [case for case in cases if case is not worn]
+
+
 def test_files_of_a_directory_come_in_order(tmp_path: Path) -> None:
     for name in ("b.toml", "a.case", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
@@ -226,11 +241,16 @@ def plan(**changes: object) -> Plan:
     return replace(Plan(Kernel(), 1, Path("corpus"), Path("findings")), **changes)
 
 
-def test_without_a_checkout_only_the_random_engine_runs_and_the_others_say_why() -> None:
+def test_without_a_checkout_only_our_own_engine_runs_and_the_others_say_why() -> None:
     chosen, left_out = shares(plan())
-    assert [share.name for share in chosen] == ["random"]
+    assert [share.name for share in chosen] == ["guided"]
     assert len(left_out) == 2 and all("checkout" in line for line in left_out)
-    assert missing("random", None) == ""
+    assert missing("guided", None) == ""
+
+
+def test_the_blind_engine_runs_only_on_request(tmp_path: Path) -> None:
+    assert "random" not in [share.engine for share in shares(plan(checkout=tmp_path))[0]]
+    assert [share.name for share in shares(plan(engine="random"))[0]] == ["random"]
 
 
 def test_a_harness_asked_for_by_name_is_the_only_one(tmp_path: Path) -> None:
@@ -312,11 +332,11 @@ def test_a_known_finding_is_not_reduced_again(tmp_path: Path) -> None:
 
 
 def schedules_of(case: Case, tmp_path: Path) -> int:
-    """How many runs the random engine gives ``case``, found in a corpus of its own, and every Case after it."""
+    """How many runs the guided engine gives ``case``, found in a corpus of its own, and every Case after it."""
     recorder = Recorder(Kernel(), FindingStore(tmp_path, None), Corpus(None), Tally(), Stop(), Budget())
-    recorder.begin("random", 1)
-    engine = RandomEngine(recorder, 1, Budget(None, 1), lambda: None)
-    recorder.corpus.cases.append(case)
+    recorder.begin("guided", 1)
+    engine = GuidedEngine(recorder, 1, Budget(None, 1), lambda: None)
+    recorder.corpus.add(case)
     engine.run()
     return recorder.tally.schedules
 
@@ -325,3 +345,42 @@ def test_a_case_of_one_thread_is_run_once_and_one_of_two_also_under_another_sche
     two = barrier(())
     assert schedules_of(replace(two, vcpus=two.vcpus[:1], schedule=()), tmp_path) == 1
     assert schedules_of(two, tmp_path) > 1
+
+
+def fresh_cases(
+    engine: type[GuidedEngine] | type[RandomEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[Case]:
+    """What the generator answers to ``engine`` in its first Cases."""
+    made: list[Case] = []
+
+    def generated(rng: Rng) -> Case:
+        made.append(generate(rng))
+        return made[-1]
+
+    monkeypatch.setattr(f"{engine.__module__}.generate", generated)
+    recorder = Recorder(Kernel(), FindingStore(tmp_path, None), Corpus(None), Tally(), Stop(), Budget())
+    recorder.reduce_findings = False
+    recorder.begin("test", 1)
+    engine(recorder, 9, Budget(None, 12), lambda: None).run()
+    return made
+
+
+def test_the_blind_engine_is_a_control_it_makes_the_same_fresh_cases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guided = fresh_cases(GuidedEngine, tmp_path, monkeypatch)
+    blind = fresh_cases(RandomEngine, tmp_path, monkeypatch)
+    assert len(blind) == 12 and 4 < len(guided) <= 12
+    assert guided == blind[: len(guided)]
+
+
+def test_the_blind_engine_does_not_look_at_the_corpus(tmp_path: Path) -> None:
+    def counts(start: list[Case]) -> tuple[int, dict[str, int]]:
+        recorder = Recorder(Kernel(), FindingStore(tmp_path, None), Corpus(None), Tally(), Stop(), Budget())
+        recorder.begin("random", 1)
+        for case in start:
+            recorder.corpus.add(case)
+        RandomEngine(recorder, 1, Budget(None, 5), lambda: None).run()
+        return recorder.tally.schedules, recorder.tally.marks
+
+    assert counts([]) == counts([barrier(())] * 5)

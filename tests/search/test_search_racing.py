@@ -10,7 +10,7 @@ from toy import FENCE, PAD, Op, Programs, ld, lock, programs, run_toy, spin, sto
 from mmufuzz.case.rng import Rng
 from mmufuzz.host.deviation import HOLD, RUN
 from mmufuzz.host.sites import label_site, label_step, label_thread
-from mmufuzz.search.racing import ACCESSES, RARE_TRIES, Aims, Races
+from mmufuzz.search.racing import ACCESSES, MOST_KINDS, RARE_TRIES, Aims, Races
 
 PADS: tuple[Op, ...] = (PAD,) * 8
 SB: Programs = ((*PADS, store(0, 1), ld(1), *PADS), (*PADS, store(1, 1), ld(0), *PADS))
@@ -132,3 +132,11 @@ def test_kinds_of_races_are_the_same_in_every_run() -> None:
     assert one.cycle_keys == other.cycle_keys and one.pair_keys == other.pair_keys
     first = one.cycles[0][0]
     assert label_site(first.store.label) != label_site(first.load.label)
+
+
+def test_the_count_of_turns_is_bounded() -> None:
+    aims = Aims()
+    rng = Rng(1)
+    for key in range(MOST_KINDS + 1):
+        aims._least_tried([key], rng)
+    assert len(aims.tried) == 1
