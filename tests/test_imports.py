@@ -16,6 +16,7 @@ RANKS = {
     "oracle": 3,
     "run": 4,
     "search": 5,
+    "build": 5,
     "campaign": 6,
     "litmus": 6,
     "report": 6,
@@ -61,9 +62,17 @@ def test_the_package_imports_one_way() -> None:
     assert violations(Path(mmufuzz.__file__).parent) == []
 
 
+def test_the_build_room_imports_no_other_room() -> None:
+    room = Path(mmufuzz.__file__).parent / "build"
+    paths = sorted(room.glob("*.py"))
+    assert paths
+    assert {target for path in paths for target, _ in imported_rooms(path, "mmufuzz")} == {"build"}
+
+
 def test_the_core_does_not_use_what_would_make_it_nondeterministic() -> None:
     package = Path(mmufuzz.__file__).parent
-    core = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in ("campaign", "cli")]
+    around = ("campaign", "cli", "build")
+    core = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in around]
     used = []
     for path in core:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, Final
+
+from mmufuzz.build.loader import PURE_VARIABLE
 
 CORE: Final = ("x86", "host", "kvm", "oracle", "case", "search")
 SECONDS: Final = 6.0
@@ -28,7 +31,9 @@ def measure(paths: list[Path], seconds: float = SECONDS, limit: int = LIMIT) -> 
         return None
     command = [sys.executable, "-m", "mmufuzz.campaign.covered", str(seconds), str(limit), *map(str, paths)]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=seconds + 30, check=False)
+        # Only Python code has lines that can be measured.
+        environment = {**os.environ, PURE_VARIABLE: "1"}
+        done = subprocess.run(command, capture_output=True, timeout=seconds + 30, check=False, env=environment)
         fields: dict[str, Any] = json.loads(done.stdout)
     except (ValueError, subprocess.TimeoutExpired):
         return None

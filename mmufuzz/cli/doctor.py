@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import mmufuzz.host.sched
+from mmufuzz.build.loader import in_use
 from mmufuzz.campaign.budget import Budget, Stop
 from mmufuzz.campaign.corpus import Corpus
 from mmufuzz.campaign.engine_guided import GuidedEngine
@@ -27,7 +27,7 @@ from mmufuzz.kvm.fixes import LATEST, find
 
 PLANTED = "retry-guard"
 SECONDS = 10.0
-PACKAGES = ("greenlet", "iced-x86", "rich", "hypothesis", "atheris", "coverage")
+PACKAGES = ("greenlet", "iced-x86", "rich", "hypothesis", "atheris", "coverage", "mypy", "ziglang")
 
 
 def add_parser(verbs: Any) -> None:
@@ -43,10 +43,8 @@ def run(arguments: argparse.Namespace, output: Output) -> Status:
     root = checkout()
     packages = {name: _version(name) for name in PACKAGES}
     engines = {name: missing(name, root) or "ready" for name in ENGINES}
-    compiled = not str(mmufuzz.host.sched.__file__).endswith(".py")
-    core = "compiled" if compiled else "interpreted"
     output.line(f"Python      {platform.python_version()} ({sys.executable})")
-    output.line(f"core        {core}")
+    output.line(f"core        {in_use().line}")
     for name, version in packages.items():
         output.line(f"{name:<11} {version or 'not installed'}")
     for name, state in engines.items():
@@ -61,7 +59,7 @@ def run(arguments: argparse.Namespace, output: Output) -> Status:
         {
             "verdict": "ok" if planted["found"] else "blind",
             "python": platform.python_version(),
-            "core": core,
+            **in_use().as_json(),
             "packages": packages,
             "engines": engines,
             "checkout": str(root) if root is not None else None,

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mmufuzz.build.loader import in_use
 from mmufuzz.campaign.campaign import Campaign, Result
 from mmufuzz.campaign.corpus import OWN
 from mmufuzz.campaign.covered import measure
@@ -16,6 +17,7 @@ from mmufuzz.campaign.jobs import collect, start_jobs
 from mmufuzz.campaign.plan import DEFAULT_SECONDS, ENGINES, HARNESSES, Plan, shares
 from mmufuzz.campaign.reached import summary
 from mmufuzz.cli.arguments import add_json, add_kernel, count, duration, kernel_from, natural
+from mmufuzz.cli.core import prepare_core
 from mmufuzz.cli.output import Output
 from mmufuzz.cli.status import Status
 from mmufuzz.kvm.fixes import LATEST
@@ -78,7 +80,10 @@ def run(arguments: argparse.Namespace, output: Output) -> Status:
     chosen, left_out = shares(plan)
     if not chosen:
         raise InputError(f"--engine {plan.engine}", f"expected an engine that can run here ({'; '.join(left_out)})")
+    if arguments.may_restart:
+        prepare_core(output)
     campaign = Campaign(plan, output.line, output.progress)
+    output.line(f"core {in_use().line}")
     output.line(f"fuzzing {plan.kernel} with {', '.join(share.name for share in chosen)}; seed {plan.seed}")
     with tempfile.TemporaryDirectory(prefix="mmufuzz-jobs-") as workdir:
         jobs = start_jobs(plan, Path(workdir))
@@ -92,7 +97,7 @@ def run(arguments: argparse.Namespace, output: Output) -> Status:
         output.line(line)
     coverage = None if arguments.no_coverage or result.interrupted else measure(_covering(plan))
     summarize(result, coverage, output)
-    output.json({**result.as_json(), "coverage": coverage})
+    output.json({**result.as_json(), "coverage": coverage, **in_use().as_json()})
     return status(result, failed)
 
 

@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status. Never raises for anything the user did."""
     try:
         arguments = parser().parse_args(argv)
+        arguments.may_restart = argv is None
     except SystemExit as stop:
         return _flushed(int(stop.code or 0))
     previous = signal.signal(signal.SIGTERM, _interrupt)

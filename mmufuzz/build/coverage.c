@@ -1,0 +1,29 @@
+/* What the compiler's coverage instrumentation calls, so that an instrumented core can be imported without libFuzzer.
+ *
+ * Nothing but ELF symbol resolution is at work: a preloaded libFuzzer comes first in the global scope, so its functions
+ * are called and these are not.
+ */
+
+#include <stdint.h>
+
+extern uint8_t __start___sancov_cntrs[] __attribute__((weak, visibility("hidden")));
+extern uint8_t __stop___sancov_cntrs[] __attribute__((weak, visibility("hidden")));
+
+/* The core's edge counters, one byte each: for an engine in the same process, through ctypes. */
+void mmufuzz_coverage_region(uint8_t **start, uint8_t **stop) {
+    *start = __start___sancov_cntrs;
+    *stop = __stop___sancov_cntrs;
+}
+
+void __sanitizer_cov_8bit_counters_init(uint8_t *start, uint8_t *stop) {}
+void __sanitizer_cov_pcs_init(const uintptr_t *start, const uintptr_t *stop) {}
+void __sanitizer_cov_trace_pc_indir(uintptr_t callee) {}
+void __sanitizer_cov_trace_cmp1(uint8_t a, uint8_t b) {}
+void __sanitizer_cov_trace_cmp2(uint16_t a, uint16_t b) {}
+void __sanitizer_cov_trace_cmp4(uint32_t a, uint32_t b) {}
+void __sanitizer_cov_trace_cmp8(uint64_t a, uint64_t b) {}
+void __sanitizer_cov_trace_const_cmp1(uint8_t a, uint8_t b) {}
+void __sanitizer_cov_trace_const_cmp2(uint16_t a, uint16_t b) {}
+void __sanitizer_cov_trace_const_cmp4(uint32_t a, uint32_t b) {}
+void __sanitizer_cov_trace_const_cmp8(uint64_t a, uint64_t b) {}
+void __sanitizer_cov_trace_switch(uint64_t value, uint64_t *cases) {}
