@@ -15,7 +15,7 @@ from mmufuzz.campaign.expect import unmet
 from mmufuzz.case import toml
 from mmufuzz.case.model import MODES
 from mmufuzz.case.validate import FLAGS
-from mmufuzz.cli import corpus, doctor, explain, explore, fixes, fuzz, reduce, replay
+from mmufuzz.cli import corpus, doctor, explain, explore, fixes, fuzz, litmus, reduce, replay
 from mmufuzz.cli.arguments import Parser
 from mmufuzz.cli.main import main, parser
 from mmufuzz.cli.status import Status
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
-VERBS = (fuzz, replay, reduce, explain, explore, fixes, corpus, doctor)
+VERBS = (fuzz, replay, reduce, explain, explore, litmus, fixes, corpus, doctor)
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 INLINE = re.compile(r"`(mmufuzz [^`]+)`")
@@ -238,6 +238,7 @@ JSON = [
     ("explain", ["explain", FINDING]),
     ("explore", ["explore", FINDING, "--bound", "0"]),
     ("reduce", ["reduce", FINDING, "--runs", "5", "-o", "OUT/small.toml"]),
+    ("litmus", ["litmus", str(ROOT / "corpus" / "litmus" / "n6.litmus")]),
     ("fixes", ["fixes", "list"]),
     ("corpus", ["corpus", "stats", FINDING]),
     ("fuzz", ["fuzz", "--revert", "A4", "--engine", "random", "--seed", "1", "--cases", "5", "--no-coverage",

@@ -136,7 +136,10 @@ class Joined:
     def __str__(self) -> str:
         if not self.parts:
             return "true" if self.operator == "/\\" else "false"
-        inner = [f"({part})" if isinstance(part, (Joined, Implies)) else str(part) for part in self.parts]
+        inner = []
+        for part in self.parts:
+            composed = isinstance(part, Implies) or (isinstance(part, Joined) and part.parts)
+            inner.append(f"({part})" if composed else str(part))
         return f" {self.operator} ".join(inner)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from broken_buffers import broken, interpreted
 from hypothesis import given, settings
@@ -94,6 +96,27 @@ def test_a_lifo_buffer_ends_in_states_of_a_lifo_machine(programs: Programs) -> N
 def test_a_lifo_buffer_is_seen_wherever_two_stores_pend_together() -> None:
     with broken("lifo"):
         assert order_outcomes(MP) == model_outcomes(MP, mutant="lifo")
+
+
+# A search that is wrong about which accesses depend on each other must fail these comparisons.
+
+
+def _writes_only(self: Foot, other: Foot) -> bool:
+    return self.writes & other.writes != 0
+
+
+def _reads_only(self: Foot, other: Foot) -> bool:
+    return (self.writes & other.reads | self.reads & other.writes) != 0
+
+
+@interpreted
+@pytest.mark.parametrize("conflicts", [_writes_only, _reads_only], ids=["writes only", "reads only"])
+def test_without_one_kind_of_conflict_final_states_are_missed(
+    conflicts: Callable[[Foot, Foot], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Foot, "conflicts", conflicts)
+    shapes = (MP, ((store(0, 1),), (store(0, 2),)))
+    assert any(order_outcomes(shape) < model_outcomes(shape) for shape in shapes)
 
 
 # The search by itself.
