@@ -12,6 +12,7 @@ from typing import Final
 
 from mmufuzz.campaign.fuzz_target import CoverageTable, fuzz, restart_with_preload
 from mmufuzz.campaign.harness import session
+from mmufuzz.campaign.mutators import dictionary
 from mmufuzz.campaign.recorder import Recorder
 from mmufuzz.case.model import FLAT32, Case, Options, Slot, Vcpu
 from mmufuzz.case.rng import Rng
@@ -121,7 +122,7 @@ def main(arguments: list[str]) -> None:
         if share.executions % EMULATE_EVERY == 0 and not mode64:
             emulated(work.recorder, code)
 
-    fuzz(work, target)
+    fuzz(work, target, dictionary())
 
 
 if __name__ == "__main__":

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Final
+
+PARENT: Final = "MMUFUZZ_PARENT"
+"""Environment variable: the process whose end is a request to end, too. A killed campaign takes its children along."""
 
 
 class Stop:
@@ -15,8 +19,18 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested = False
+        self._parent = int(os.environ.get(PARENT, "0"))
         self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether to end."""
+        return self._requested or (self._parent != 0 and os.getppid() != self._parent)
+
+    @requested.setter
+    def requested(self, value: bool) -> None:
+        self._requested = value
 
     def __enter__(self) -> Stop:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -28,9 +42,9 @@ class Stop:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self._requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self._requested = True
 
 
 class Budget:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mmufuzz.campaign.budget import Budget, Stop
-from mmufuzz.campaign.corpus import OWN, Corpus, load_directory
+from mmufuzz.campaign.corpus import CASE_HARNESS, OWN, Corpus, load_directory, load_harness_cases
 from mmufuzz.campaign.engine_atheris import run_atheris
 from mmufuzz.campaign.engine_guided import GuidedEngine
 from mmufuzz.campaign.engine_hypothesis import load_harness, run_batches
 from mmufuzz.campaign.engine_random import RandomEngine
+from mmufuzz.campaign.files import sweep
 from mmufuzz.campaign.findings import FindingStore, Record
 from mmufuzz.campaign.plan import Plan, Share, shares
 from mmufuzz.campaign.reached import Reached
@@ -37,14 +38,17 @@ class Result:
     left_out: list[str]
     reached: Reached
     new_cases: int
+    errors: list[Record]
+    """Errors of mmufuzz itself."""
+    crashes: list[str]
+    """Harnesses that crashed, a line each."""
 
     @property
     def verdict(self) -> str:
         """ "finding", "harness-error", "interrupted" or "ok" (known findings alone count as ok)."""
-        kinds = [record.kind for record in self.records if record.new]
-        if any(kind != HARNESS_ERROR for kind in kinds):
+        if any(record.new for record in self.records):
             return "finding"
-        if kinds:
+        if self.errors or self.crashes:
             return HARNESS_ERROR
         return "interrupted" if self.interrupted else "ok"
 
@@ -68,6 +72,8 @@ class Result:
             "counters": self.reached.by_block(),
             "marks_missed": [name for name in MARKS if name not in self.tally.marks],
             "findings": [record.as_json() for record in self.records],
+            "harness_errors": [record.as_json() for record in self.errors],
+            "crashes": self.crashes,
             "corpus_dir": str(self.plan.corpus),
             "findings_dir": str(self.plan.findings),
             "new_cases": self.new_cases,
@@ -84,11 +90,13 @@ class Campaign:
         self.stop = Stop()
         self.tally = Tally()
         corpus_root = plan.checkout / "corpus" if plan.checkout is not None else None
+        for directory in (plan.corpus, plan.findings):
+            sweep(directory)
         self.store = FindingStore(plan.findings, corpus_root)
         self.corpus = Corpus(plan.corpus / OWN)
         starts = load_directory(corpus_root / "seeds") if corpus_root is not None else []
         starts += load_directory(plan.corpus / OWN)
-        starts += load_directory(plan.corpus / "atheris_cases", any_name=True)
+        starts += load_harness_cases(plan.corpus / CASE_HARNESS)
         for case in starts:
             self.corpus.add(case)
         self.budget = Budget(plan.seconds, plan.cases)
@@ -119,6 +127,8 @@ class Campaign:
             left_out,
             self.corpus.reached,
             self.corpus.added,
+            list(self.store.errors.values()),
+            self.store.crashes,
         )
 
     def _share(self, share: Share, position: int, weights: int, total: int, workdir: Path) -> None:

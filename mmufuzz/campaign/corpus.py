@@ -8,6 +8,7 @@ from pathlib import Path
 from mmufuzz.campaign.files import InputError, writable_directory, write_atomic
 from mmufuzz.campaign.kernel import kernel_of
 from mmufuzz.campaign.reached import Reached
+from mmufuzz.campaign.units import load_units
 from mmufuzz.case import bytes as case_bytes
 from mmufuzz.case import toml
 from mmufuzz.case.error import CaseError
@@ -19,6 +20,9 @@ SUFFIX = ".case"
 
 OWN = "cases"
 """Where in a corpus directory the Cases are that this package kept; each Atheris harness has a directory beside it."""
+
+CASE_HARNESS = "atheris_cases"
+"""The Atheris harness whose inputs are Cases."""
 
 MOST_CASES = 2000
 """Cases that a corpus has in memory."""
@@ -85,7 +89,11 @@ def load_file(path: Path) -> Case:
 def files(path: Path) -> list[Path]:
     """Files of Cases at ``path``: itself, or those below it, in order. Raises ``InputError`` if there is nothing."""
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in (".toml", SUFFIX) and file.is_file())
+        found = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix in (".toml", SUFFIX) and file.is_file() and not file.name.startswith(".")
+        )
         if not found:
             raise InputError(str(path), f"expected .toml or {SUFFIX} files in this directory")
         return found
@@ -94,11 +102,11 @@ def files(path: Path) -> list[Path]:
     return [path]
 
 
-def load_directory(directory: Path, any_name: bool = False) -> list[Case]:
+def load_directory(directory: Path) -> list[Case]:
     """Cases that ``directory`` holds, at most ``LOAD_LIMIT``; those in bytes form are decoded totally.
 
-    ``any_name``: every file is in bytes form, whatever its name (libFuzzer's have no suffix). A malformed TOML file
-    raises ``CaseError``.
+    Temporary files, ours and others', are no Cases: their names begin with a dot. A malformed TOML file raises
+    ``CaseError``.
     """
     cases: list[Case] = []
     if not directory.is_dir():
@@ -106,8 +114,13 @@ def load_directory(directory: Path, any_name: bool = False) -> list[Case]:
     for path in sorted(directory.rglob("*"))[:LOAD_LIMIT]:
         if not path.is_file() or path.name.startswith("."):
             continue
-        if path.suffix == ".toml" and not any_name:
+        if path.suffix == ".toml":
             cases.append(load_file(path))
-        elif path.suffix == SUFFIX or any_name:
+        elif path.suffix == SUFFIX:
             cases.append(case_bytes.decode(path.read_bytes()))
     return cases
+
+
+def load_harness_cases(directory: Path) -> list[Case]:
+    """Cases in the directory of an Atheris harness that takes Cases: libFuzzer's whole files."""
+    return [case_bytes.decode(data) for _, data in load_units(directory)]

@@ -1,7 +1,12 @@
-"""Atheris as an engine: libFuzzer owns its process, so the harness runs as one of ours and reports through a file."""
+"""Atheris as an engine: libFuzzer owns its process, so the harness runs as one of ours and reports through a file.
+
+libFuzzer writes its corpus in place, and reads whatever lies in its directories. So it works on a private copy, from
+which whole files are taken over: a process killed at any moment leaves no torn file in the corpus, and reads none.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,42 +16,66 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from mmufuzz.campaign.budget import Budget
-from mmufuzz.campaign.corpus import OWN
+from mmufuzz.campaign.budget import PARENT, Budget
+from mmufuzz.campaign.corpus import CASE_HARNESS, OWN, SUFFIX
 from mmufuzz.campaign.files import writable_directory
+from mmufuzz.campaign.kernel import Kernel
+from mmufuzz.campaign.minimal import minimal, unit_of
 from mmufuzz.campaign.recorder import Recorder
+from mmufuzz.campaign.units import load_units, take_over
+from mmufuzz.case import bytes as case_bytes
 
 GRACE_SECONDS: Final = 10.0
 """How long past its time the process may take to save before it is killed."""
 
+TAKE_OVER_SECONDS: Final = 1.0
+"""Between two looks at what libFuzzer has found."""
+
+MERGE_SECONDS: Final = 10.0
+"""For the merge into a minimal corpus at the end; one that takes longer is left to ``mmufuzz corpus merge``."""
+
 MAX_LEN: Final = 4096
+
+HARNESS_FAILED: Final = 70
+
+CUSTOM: Final = ("atheris.custom_mutator", "atheris.custom_crossover")
 
 
 def libfuzzer_flags(seconds: float | None, seed: int, corpora: list[Path]) -> list[str]:
     """Arguments for libFuzzer; it reads all of ``corpora`` and adds to the first.
 
     ``-len_control=0``: its default starves structured inputs. The harness ends by its own clock; libFuzzer's is the
-    backstop. Signals are left to the harness.
+    backstop. Signals are left to the harness. A crash of the process itself has the status of an error inside mmufuzz.
     """
     flags = ["-len_control=0", f"-max_len={MAX_LEN}", "-handle_int=0", "-handle_term=0", "-print_final_stats=0"]
-    flags.append("-verbosity=0")
+    flags += ["-verbosity=0", "-reload=0", f"-error_exitcode={HARNESS_FAILED}", f"-timeout_exitcode={HARNESS_FAILED}"]
     flags.append(f"-seed={seed % 0x7FFFFFFF + 1}")
     if seconds is not None:
         flags.append(f"-max_total_time={int(seconds + GRACE_SECONDS)}")
     return flags + [str(corpus) for corpus in corpora]
 
 
-def preload() -> dict[str, str]:
+def preload(custom: bool) -> dict[str, str]:
     """Environment in which libFuzzer's symbols are global, so that the harness' counters can be its coverage.
 
-    Uses the library that the Atheris wheel installs beside its package; empty if there is none.
+    Uses the library that the Atheris wheel installs beside its package; empty if there is none. With ``custom`` the
+    wheel's entry points for a mutator and a crossover of our own come before it: libFuzzer looks for them when it is
+    loaded, and Atheris would load them too late. They must not be there without such functions.
     """
     import atheris  # noqa: PLC0415 - an extra; only this engine needs it
 
     library = Path(atheris.path()).parent / "ubsan_with_fuzzer.so"
     if not library.is_file():
         library = Path(atheris.__file__).parent.parent / "ubsan_with_fuzzer.so"
-    return {"LD_PRELOAD": str(library)} if library.is_file() else {}
+    if not library.is_file():
+        return {}
+    libraries = [str(library)]
+    for name in CUSTOM if custom else ():
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            return {}
+        libraries.insert(0, spec.origin)
+    return {"LD_PRELOAD": ":".join(libraries)}
 
 
 def run_atheris(
@@ -61,35 +90,26 @@ def run_atheris(
     """Run ``harness`` for the rest of ``budget``; take over its sums and findings, also if it ends early.
 
     It starts from its seeds in the checkout, its own directory in ``corpus``, and, if it takes Cases, those kept there;
-    it grows its own. Findings are already saved by the harness process when this sees them.
+    what it adds goes to its own directory, which is then merged into a minimal one. Findings are already saved by the
+    harness process when this sees them.
     """
-    report = workdir / f"{harness.stem}.json"
-    command = [sys.executable, str(harness), "--report", str(report), "--seed", str(seed)]
-    command += ["--kernel", recorder.kernel.name, "--findings", str(recorder.store.directory)]
-    for name in recorder.kernel.revert:
-        command += ["--revert", name]
-    for name in recorder.kernel.apply:
-        command += ["--apply", name]
     own = writable_directory(corpus / harness.stem)
-    for directory in (own, harness.parents[1] / "corpus" / "seeds" / harness.stem, corpus / OWN):
-        if directory.is_dir() and (directory.name != OWN or harness.stem == "atheris_cases"):
-            command += ["--corpus", str(directory)]
-    if budget.cases is not None:
-        command += ["--cases", str(budget.cases)]
-    else:
-        command += ["--time", f"{max(budget.left, 1.0):.1f}s"]
+    units = workdir / f"{harness.stem}.units"
+    units.mkdir()
+    take_over(own, units)
+    report = workdir / f"{harness.stem}.json"
     log = workdir / f"{harness.stem}.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            command,
+            _command(harness, recorder, seed, budget, report, units, corpus),
             stdout=stream,
             stderr=stream,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env=dict(os.environ),
+            env={**os.environ, PARENT: str(os.getpid())},
         )
         try:
-            ended = _wait(process, recorder, budget, tick)
+            ended = _wait(process, recorder, budget, tick, lambda: take_over(units, own))
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -98,23 +118,82 @@ def run_atheris(
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
-    _take_over(report, recorder)
+            take_over(units, own)
+    crashes = len(recorder.store.crashes)
+    _take_over_report(report, recorder)
     if ended and process.returncode not in (0, 1):
         last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
         recorder.share.note = f"{harness.name} ended with status {process.returncode}: {last[0][:200]}"
+        explained = len(recorder.store.crashes) > crashes or recorder.store.errors
+        if process.returncode != HARNESS_FAILED or not explained:
+            recorder.store.crashes.append(recorder.share.note)
+    elif harness.stem == CASE_HARNESS:
+        minimize(own, recorder.kernel, Budget(MERGE_SECONDS), lambda: recorder.stop.requested)
 
 
-def _wait(process: subprocess.Popen[bytes], recorder: Recorder, budget: Budget, tick: Callable[[], None]) -> bool:
-    """True once the process has ended by itself; False when it has to be stopped."""
+def minimize(own: Path, kernel: Kernel, patience: Budget, stopped: Callable[[], bool]) -> int:
+    """Remove from ``own`` the units that reach nothing on ``kernel`` that the others do not; how many.
+
+    0, and nothing is removed, if ``patience`` is too short for all of them.
+    """
+    paths: dict[bytes, Path] = {}
+    found = []
+    for path, data in load_units(own):
+        if stopped() or patience.spent(0):
+            return 0
+        unit = unit_of(kernel.dress(case_bytes.decode(data)))
+        paths.setdefault(unit.data, path)
+        found.append((path, unit))
+    kept = {paths[unit.data] for unit in minimal([unit for _, unit in found])}
+    for path, _ in found:
+        if path not in kept:
+            path.unlink(missing_ok=True)
+    return len(found) - len(kept)
+
+
+def _command(
+    harness: Path, recorder: Recorder, seed: int, budget: Budget, report: Path, units: Path, corpus: Path
+) -> list[str]:
+    command = [sys.executable, str(harness), "--report", str(report), "--seed", str(seed)]
+    command += ["--kernel", recorder.kernel.name, "--findings", str(recorder.store.directory)]
+    for name in recorder.kernel.revert:
+        command += ["--revert", name]
+    for name in recorder.kernel.apply:
+        command += ["--apply", name]
+    if harness.stem == CASE_HARNESS and (corpus / OWN).is_dir():
+        for path in sorted((corpus / OWN).glob(f"*{SUFFIX}")):
+            if not path.name.startswith("."):
+                (units / path.name).write_bytes(path.read_bytes())
+    command += ["--corpus", str(units)]
+    seeds = harness.parents[1] / "corpus" / "seeds" / harness.stem
+    if seeds.is_dir():
+        command += ["--corpus", str(seeds)]
+    if budget.cases is not None:
+        return [*command, "--cases", str(budget.cases)]
+    return [*command, "--time", f"{max(budget.left, 1.0):.1f}s"]
+
+
+def _wait(
+    process: subprocess.Popen[bytes],
+    recorder: Recorder,
+    budget: Budget,
+    tick: Callable[[], None],
+    look: Callable[[], object],
+) -> bool:
+    """True once the process has ended by itself; False when it has to be stopped. ``look`` is called now and then."""
+    looked = time.monotonic()
     while process.poll() is None:
         tick()
         if recorder.stop.requested or budget.left < -GRACE_SECONDS:
             return False
+        if time.monotonic() - looked > TAKE_OVER_SECONDS:
+            look()
+            looked = time.monotonic()
         time.sleep(0.1)
     return True
 
 
-def _take_over(report: Path, recorder: Recorder) -> None:
+def _take_over_report(report: Path, recorder: Recorder) -> None:
     """Add the sums and findings in ``report``, if the harness got as far as writing one."""
     try:
         fields: dict[str, Any] = json.loads(report.read_text())
@@ -125,5 +204,6 @@ def _take_over(report: Path, recorder: Recorder) -> None:
     (share,) = fields["tally"]["engines"].values()
     recorder.tally.absorb({**fields["tally"], "engines": {recorder.engine: {**share, "seconds": 0.0}}})
     recorder.corpus.reached.absorb(fields["reached"])
-    for finding in fields["findings"]:
+    for finding in fields["findings"] + fields["harness_errors"]:
         recorder.store.merge(finding)
+    recorder.store.crashes += fields["crashes"]

@@ -47,6 +47,28 @@ def writable_directory(path: Path) -> Path:
     return path
 
 
+def sweep(directory: Path) -> int:
+    """Remove temporary files below ``directory`` whose writers are dead; how many there were."""
+    removed = 0
+    for path in directory.rglob(".*") if directory.is_dir() else ():
+        words = path.name.split(".")
+        number = words[-2] if words[-1] == "partial" else words[-1] if words[1] == "probe" else ""
+        if number.isdigit() and not _alive(int(number)):
+            path.unlink(missing_ok=True)
+            removed += 1
+    return removed
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it exists and is somebody else's
+        return True
+    return True
+
+
 def checkout() -> Path | None:
     """The source checkout, which holds ``harnesses/`` and ``corpus/``: they are not part of the installed package.
 

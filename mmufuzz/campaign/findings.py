@@ -12,14 +12,20 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from mmufuzz.campaign.files import writable_directory, write_atomic
 from mmufuzz.case import bytes as case_bytes
 from mmufuzz.case import toml
 from mmufuzz.case.error import CaseError
 from mmufuzz.case.model import FINDING, Case, Expect
-from mmufuzz.outcome import Finding
+from mmufuzz.outcome import HARNESS_ERROR, Finding
+
+ERRORS: Final = "harness-errors"
+"""Directory, in that of the findings, of what mmufuzz itself did wrong."""
+
+MOST_RECORDS: Final = 1000
+"""Fingerprints that one campaign keeps: a flood of them is one bug, most likely of a fingerprint."""
 
 
 @dataclass
@@ -78,17 +84,34 @@ class FindingStore:
     def __init__(self, directory: Path, corpus: Path | None) -> None:
         self.directory = writable_directory(directory)
         self.records: dict[str, Record] = {}
+        self.errors: dict[str, Record] = {}
+        """Errors of mmufuzz itself: kept apart, they say nothing about KVM."""
+        self.crashes: list[str] = []
+        """Harness processes that ended by themselves, a line each."""
+        self.dropped = 0
+        """Findings beyond ``MOST_RECORDS``."""
         self.known = fingerprints(corpus / "known") if corpus else {}
         self.seen = fingerprints(corpus / "regressions") if corpus else {}
         for fingerprint, path in fingerprints(self.directory, strict=False).items():
             self.seen.setdefault(fingerprint, path)
 
     def again(self, fingerprint: str) -> bool:
-        """Whether this campaign has it already; counts the hit."""
-        record = self.records.get(fingerprint)
+        """Whether this campaign has it already, or has too many to take another; counts the hit."""
+        record = self.records.get(fingerprint) or self.errors.get(fingerprint)
         if record is not None:
             record.hits += 1
-        return record is not None
+            return True
+        if len(self.records) + len(self.errors) >= MOST_RECORDS:
+            self.dropped += 1
+            return True
+        return False
+
+    def directory_of(self, kind: str) -> Path:
+        """Where findings of ``kind`` go; made if need be."""
+        return writable_directory(self.directory / ERRORS) if kind == HARNESS_ERROR else self.directory
+
+    def _of(self, kind: str) -> dict[str, Record]:
+        return self.errors if kind == HARNESS_ERROR else self.records
 
     def add(self, original: Case, case: Case, finding: Finding, first_seen: dict[str, Any]) -> Record:
         """Save ``case``, reduced from ``original``, as the reproducer of ``finding``.
@@ -96,7 +119,7 @@ class FindingStore:
         ``first_seen`` says how it came up: engine, seed, cases, seconds, confirmed. A smaller reproducer of the same
         fingerprint from an earlier run stays.
         """
-        path = self.directory / f"{finding.kind}-{slug(finding.fingerprint)}.toml"
+        path = self.directory_of(finding.kind) / f"{finding.kind}-{slug(finding.fingerprint)}.toml"
         place = self.known.get(finding.fingerprint) or self.seen.get(finding.fingerprint) or ""
         case = replace(
             case,
@@ -128,15 +151,16 @@ class FindingStore:
         original_form = base64.b64encode(case_bytes.encode(original)).decode()
         sidecar = {**record.as_json(), "first_seen": first_seen, "original": original_form}
         write_atomic(path.with_suffix(".json"), json.dumps(sidecar, indent=2) + "\n")
-        self.records[finding.fingerprint] = record
+        self._of(finding.kind)[finding.fingerprint] = record
         return record
 
     def merge(self, fields: dict[str, Any]) -> None:
         """Take over a finding that another process has already saved; ``fields`` in the form of ``Record.as_json``."""
         record = Record(**fields)
-        mine = self.records.get(record.fingerprint)
+        records = self._of(record.kind)
+        mine = records.get(record.fingerprint)
         if mine is None:
-            self.records[record.fingerprint] = record
+            records[record.fingerprint] = record
         else:
             mine.hits += record.hits
 

@@ -3,61 +3,97 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 from mmufuzz.campaign.coverage_table import CoverageTable
 from mmufuzz.campaign.engine_atheris import libfuzzer_flags, preload
+from mmufuzz.campaign.files import write_atomic
 from mmufuzz.campaign.harness import Session
+from mmufuzz.campaign.mutators import dictionary_text
+from mmufuzz.campaign.units import remove_torn
+from mmufuzz.outcome import HARNESS_ERROR
 
 _RESTARTED: Final = "MMUFUZZ_PRELOADED"
 
 
-def restart_with_preload() -> None:
-    """Start this program again with ``LD_PRELOAD`` set; returns the second time, or where there is none."""
+def restart_with_preload(custom: bool = False) -> None:
+    """Start this program again with ``LD_PRELOAD`` set; returns the second time, or where there is none.
+
+    ``custom``: it has a mutator and a crossover of its own.
+    """
     if _RESTARTED in os.environ:
         return
-    extra = preload()
+    extra = preload(custom)
     if extra:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **extra, _RESTARTED: "1"})
 
 
 def fuzz(
-    work: Session, target: Callable[[bytes], None], mutate: Callable[[bytes, int, int], bytes] | None = None
+    work: Session,
+    target: Callable[[bytes], None],
+    words: list[bytes],
+    mutate: Callable[[bytes, int, int], bytes] | None = None,
+    cross: Callable[[bytes, bytes, int, int], bytes] | None = None,
 ) -> None:
-    """Fuzz ``target`` until ``work`` is over; never returns.
+    """Fuzz ``target`` until ``work`` is over; never returns. ``words`` are libFuzzer's dictionary.
 
-    An exception from ``target`` is a bug of the harness: it ends the process with status 70.
+    What ``target`` finds it records for itself, and returns. An exception from it, or a crash of the process, is a bug
+    of the harness: the input goes to a directory of its own, and the process ends with status 70.
     """
     import atheris  # noqa: PLC0415 - an extra; only this engine needs it
+
+    errors = work.recorder.store.directory_of(HARNESS_ERROR)
 
     def one(data: bytes) -> None:
         try:
             target(data)
         except Exception:
-            _leave(work, 70, traceback.format_exc())
+            _crashed(work, errors, data, traceback.format_exc())
         work.tick()
         if work.over():
-            _leave(work, work.finish(), "")
+            _leave(work.finish())
 
+    if work.corpora:
+        remove_torn(work.corpora[0])
     flags = libfuzzer_flags(work.budget.seconds, work.seed, work.corpora)
-    arguments = [sys.argv[0], *flags]
-    if mutate is None:
-        atheris.Setup(arguments, one)
-    else:
-        atheris.Setup(arguments, one, custom_mutator=mutate)
+    flags += [f"-artifact_prefix={errors}/", f"-dict={_in_memory(dictionary_text(words))}"]
+    kwargs: dict[str, Any] = {}
+    if mutate is not None:
+        kwargs["custom_mutator"] = mutate
+    if cross is not None:
+        kwargs["custom_crossover"] = cross
+    atheris.Setup([sys.argv[0], *flags], one, **kwargs)
     atheris.Fuzz()
 
 
-def _leave(work: Session, status: int, complaint: str) -> None:
+def _in_memory(text: str) -> str:
+    """Path of a file that only this process has, and that goes with it."""
+    descriptor = os.memfd_create("dictionary")
+    os.write(descriptor, text.encode())
+    return f"/proc/self/fd/{descriptor}"
+
+
+def _crashed(work: Session, errors: Path, data: bytes, text: str) -> None:
+    """Save ``data``, which made the target raise, and end."""
+    name = f"crash-{hashlib.sha1(data, usedforsecurity=False).hexdigest()}"
+    write_atomic(errors / name, data)
+    write_atomic(errors / f"{name}.txt", text)
+    work.recorder.store.crashes.append(f"{work.name}: {text.strip().splitlines()[-1]} ({errors / name})")
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        work.write_report()
+    _leave(70)
+
+
+def _leave(status: int) -> None:
     """End at once: libFuzzer would not let go of the process otherwise."""
     with contextlib.suppress(OSError):
-        if complaint:
-            sys.stderr.write(complaint)
-            work.write_report()
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)

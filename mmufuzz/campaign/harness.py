@@ -59,6 +59,8 @@ class Session:
             "tally": self.recorder.tally.as_json(),
             "reached": self.recorder.corpus.reached.as_json(),
             "findings": [record.as_json() for record in self.recorder.store.records.values()],
+            "harness_errors": [record.as_json() for record in self.recorder.store.errors.values()],
+            "crashes": self.recorder.store.crashes,
         }
         write_atomic(self.report, json.dumps(fields))
 
@@ -78,9 +80,12 @@ class Session:
         """Write the report, print the line; the exit status."""
         self.write_report()
         print(self.line(), flush=True)
-        for record in self.recorder.store.records.values():
+        store = self.recorder.store
+        for record in [*store.records.values(), *store.errors.values()]:
             print(f"  {record.kind}: {record.fingerprint} ({record.case})", flush=True)
-        return 1 if any(record.new for record in self.recorder.store.records.values()) else 0
+        if any(record.new for record in store.records.values()):
+            return 1
+        return 70 if store.errors or store.crashes else 0
 
 
 def session(name: str, arguments: list[str]) -> Session:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from mmufuzz.campaign.budget import PARENT
 from mmufuzz.campaign.findings import FindingStore
 from mmufuzz.campaign.plan import Plan
 from mmufuzz.campaign.tally import Tally
@@ -55,7 +57,12 @@ def start_jobs(plan: Plan, workdir: Path) -> list[Job]:
         with log.open("wb") as stream:
             # A session of its own: Ctrl-C reaches this process alone, which then asks the jobs to end.
             process = subprocess.Popen(
-                command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                stdout=stream,
+                stderr=stream,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env={**os.environ, PARENT: str(os.getpid())},
             )
         jobs.append(Job(process, report, log))
     return jobs
@@ -80,6 +87,7 @@ def collect(jobs: list[Job], stopped: bool, tally: Tally, store: FindingStore) -
             failed.append(f"job {index} left no report, status {job.process.returncode}: {last[0][:200]}")
             continue
         tally.absorb(fields)
-        for finding in fields["findings"]:
+        for finding in fields["findings"] + fields["harness_errors"]:
             store.merge(finding)
+        store.crashes += fields["crashes"]
     return failed

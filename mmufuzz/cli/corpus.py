@@ -9,6 +9,7 @@ from typing import Any
 from mmufuzz.campaign.corpus import SUFFIX, files, load_file
 from mmufuzz.campaign.files import InputError, checkout
 from mmufuzz.campaign.findings import size
+from mmufuzz.campaign.minimal import merge
 from mmufuzz.campaign.reached import Reached, summary
 from mmufuzz.campaign.running import safe_run
 from mmufuzz.case import bytes as case_bytes
@@ -23,16 +24,21 @@ from mmufuzz.cli.status import Status
 
 def add_parser(verbs: Any) -> None:
     """The verb's arguments."""
-    parser = verbs.add_parser("corpus", help="describe or check a corpus")
-    parser.add_argument("what", choices=("stats", "verify"))
-    parser.add_argument("paths", metavar="PATH", nargs="*", help="default: the checkout's corpus/")
+    parser = verbs.add_parser("corpus", help="describe, check or minimize a corpus")
+    parser.add_argument("what", choices=("stats", "verify", "merge"))
+    parser.add_argument("paths", metavar="PATH", nargs="*", help="default: the checkout's corpus/; merge needs one")
+    parser.add_argument("-o", "--output", metavar="DIR", help="merge: where the minimal corpus goes")
     add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, output: Output) -> Status:
-    """JSON: ``stats`` an object of sums; ``verify`` a list like ``replay``'s."""
+    """JSON: ``stats`` and ``merge`` an object of sums; ``verify`` a list like ``replay``'s."""
     paths = [Path(name) for name in arguments.paths]
+    if arguments.what == "merge":
+        return _merge(paths, arguments.output, output)
+    if arguments.output is not None:
+        raise InputError("--output", f"expected with merge only, got it with {arguments.what}")
     if not paths:
         root = checkout()
         if root is None:
@@ -69,6 +75,22 @@ def _stats(found: list[Path], output: Output) -> Status:
         output.line(f"{name:<15} {shown}")
     output.line(f"{'counters':<15} {summary(reached)}")
     output.json({**fields, "counters": reached.by_block()})
+    return Status.CLEAN
+
+
+def _merge(paths: list[Path], target: str | None, output: Output) -> Status:
+    """The smallest Cases that reach what all of ``paths`` reach."""
+    if not paths or target is None:
+        raise InputError("corpus merge", "expected a PATH or more to read and -o DIR to write to")
+    read, kept, removed = merge(paths, Path(target), lambda number: output.progress(f"{number} run"))
+    output.done()
+    counters = len({item >> 8 for unit in kept for item in unit.reaches})
+    size = sum(len(unit.data) for unit in kept)
+    output.line(f"{read} Cases read, {len(kept)} kept ({size} bytes) that reach the same {counters} counters: {target}")
+    if removed:
+        output.line(f"{removed} files that were not needed removed from {target}")
+    fields = {"read": read, "kept": len(kept), "removed": removed, "bytes": size, "counters": counters, "out": target}
+    output.json(fields)
     return Status.CLEAN
 
 

@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace, output: Output) -> Status:
         finally:
             failed = collect(jobs, campaign.stop.requested, campaign.tally, campaign.store)
     result.records = list(campaign.store.records.values())
+    result.errors = list(campaign.store.errors.values())
     output.done()
     for line in failed:
         output.line(line)
@@ -156,6 +157,10 @@ def summarize(result: Result, coverage: dict[str, Any] | None, output: Output) -
         )
         if record.seen_in and record.seen_in != record.case:
             output.line(f"        seen before in {record.seen_in}")
+    for record in result.errors:
+        output.line(f"  mmufuzz failed: {record.fingerprint} ({record.case})")
+    for line in result.crashes:
+        output.line(f"  mmufuzz failed: {line}")
     output.line(f"findings are in   {result.plan.findings.resolve()}")
     output.line(f"the corpus is in  {result.plan.corpus.resolve()}")
     if result.interrupted:

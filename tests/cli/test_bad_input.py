@@ -167,3 +167,12 @@ def test_reducing_a_case_without_a_finding_is_refused(mmufuzz: Run, healthy: Pat
 
 def test_help_is_not_an_error() -> None:
     assert main(["--help"]) == 0
+
+
+def test_a_merge_needs_something_to_read_and_somewhere_to_write(mmufuzz: Run, tmp_path: Path, healthy: Path) -> None:
+    refused(mmufuzz("corpus", "merge", healthy), "-o DIR")
+    refused(mmufuzz("corpus", "merge", "-o", tmp_path / "out"), "PATH")
+    refused(mmufuzz("corpus", "stats", healthy, "-o", tmp_path / "out"), "merge")
+    (tmp_path / "bad.toml").write_text("format = 99\n")
+    refused(mmufuzz("corpus", "merge", healthy, tmp_path / "bad.toml", "-o", tmp_path / "out"), "bad.toml")
+    assert not (tmp_path / "out").exists()

@@ -194,3 +194,12 @@ def test_with_json_on_standard_output_the_text_goes_to_standard_error(capsys: py
     captured = capsys.readouterr()
     assert captured.err == "for people\n"
     assert json.loads(captured.out) == {"for": "programs"}
+
+
+def test_corpus_merge_writes_the_cases_that_are_needed(
+    mmufuzz: Run, tmp_path: Path, healthy: Path, broken: Path
+) -> None:
+    answer = mmufuzz("corpus", "merge", healthy, broken, healthy, "-o", tmp_path / "small", "--json", "-")
+    assert answer.status == 0
+    assert answer.json["read"] == 2 and answer.json["kept"] == len(list((tmp_path / "small").glob("*.case")))
+    assert mmufuzz("corpus", "stats", tmp_path / "small").status == 0
