@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from mmufuzz.host.deviation import Deviation
+from mmufuzz.host.memory import GUEST_FRAMES, PAGE_SHIFT
+from mmufuzz.host.trace import Trace
 
 # Verdicts.
 OK: Final = "ok"  # every guest CPU finished and nothing was found
@@ -30,6 +32,25 @@ class Finding:
     label: int
 
 
+class GuestView:
+    """What guests and their userspace can see when a run has ended.
+
+    ``vcpus`` has the registers, faults and exits of each vCPU; ``deadlock``: no thread could run.
+    """
+
+    def __init__(self, vcpus: list[object], deadlock: bool) -> None:
+        self.vcpus = vcpus
+        self.deadlock = deadlock
+
+    def digest(self, words: dict[int, int]) -> str:
+        """sha256 of it and of the guest frames in ``words`` (``Outcome.words``)."""
+        end = GUEST_FRAMES << PAGE_SHIFT >> 3
+        seen = self.vcpus[:]
+        seen.append([(index, words[index]) for index in sorted(words) if index < end and words[index]])
+        seen.append(self.deadlock)
+        return hashlib.sha256(repr(seen).encode()).hexdigest()
+
+
 class Outcome:
     """The result of ``run(case)``; equal Cases give equal Outcomes.
 
@@ -37,7 +58,7 @@ class Outcome:
     often each named point of the model was passed. ``guest``: digest of what the guest can see at the end (registers,
     memory, faults, exits to userspace). ``instructions``: guest instructions retired. ``exits``: VM exits by reason.
     ``locks``: acquisitions by lock name. ``period``: for a livelock, indices into ``trace`` (start, end) of one
-    period.
+    period. What most callers never look at (``guest``, ``trace``, ``notes``) is made when it is asked for.
     """
 
     def __init__(self) -> None:
@@ -47,7 +68,6 @@ class Outcome:
         self.marks: dict[str, int] = {}
         self.counters: dict[int, int] = {}
         """``kvm.counters``: index to count, of those that were hit."""
-        self.guest = ""
         self.registers: tuple[tuple[int, ...], ...] = ()
         """General-purpose registers at the end, by vCPU and encoding number."""
         self.words: dict[int, int] = {}
@@ -58,10 +78,45 @@ class Outcome:
         self.locks: dict[str, int] = {}
         self.threads: tuple[str, ...] = ()
         """Thread names by index: "vcpu0", "vcpu1", …, "host0", …"""
-        self.trace: list[tuple[int, int, int]] = []
-        """(label, address, value) by visible operation; (sched.NOTE, index into ``notes``, thread) for notes."""
-        self.notes: list[str] = []
         self.period: tuple[int, int] = (0, 0)
+        self.record = Trace()
+        self.view: GuestView | None = None
+        self._guest = ""
+        self._trace: list[tuple[int, int, int]] | None = None
+        self._notes: list[str] | None = None
+
+    @property
+    def guest(self) -> str:
+        """``GuestView.digest``; "" if there is no ``view``."""
+        if not self._guest and self.view is not None:
+            self._guest = self.view.digest(self.words)
+        return self._guest
+
+    @guest.setter
+    def guest(self, digest: str) -> None:
+        self._guest = digest
+
+    @property
+    def trace(self) -> list[tuple[int, int, int]]:
+        """``Trace.entries`` of ``record``."""
+        if self._trace is None:
+            self._trace = self.record.entries()
+        return self._trace
+
+    @trace.setter
+    def trace(self, entries: list[tuple[int, int, int]]) -> None:
+        self._trace = entries
+
+    @property
+    def notes(self) -> list[str]:
+        """``Trace.notes`` of ``record``."""
+        if self._notes is None:
+            self._notes = self.record.notes()
+        return self._notes
+
+    @notes.setter
+    def notes(self, lines: list[str]) -> None:
+        self._notes = lines
 
     @property
     def digest(self) -> str:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-from typing import Final
-
 from mmufuzz.case.error import CaseError
 from mmufuzz.case.model import TSO, Case
 from mmufuzz.case.validate import validate
 from mmufuzz.host.deviation import EVICT, FILL
-from mmufuzz.host.memory import GUEST_FRAMES, PAGE_SHIFT, Memory
-from mmufuzz.host.sched import DEADLOCK, EVENT_LIMIT, Host, RunStop
+from mmufuzz.host.memory import Memory, MemoryWatcher
+from mmufuzz.host.sched import DEADLOCK, EVENT_LIMIT, BoundaryWatcher, Host, RunStop
 from mmufuzz.host.strategy import Strategy
 from mmufuzz.kvm.counters import HALF_SPENT
 from mmufuzz.kvm.marks import MARKS
+from mmufuzz.kvm.observer import Observer
 from mmufuzz.kvm.structs import Kvm
 from mmufuzz.kvm.vm import build
 from mmufuzz.oracle.interleaving import count_interleavings
 from mmufuzz.oracle.oracles import Oracles
-from mmufuzz.outcome import FINDING, HARNESS_ERROR, OK, SUSPECT, Finding, Outcome
-
-_GUEST_END: Final = GUEST_FRAMES << PAGE_SHIFT >> 3
+from mmufuzz.outcome import FINDING, HARNESS_ERROR, OK, SUSPECT, Finding, GuestView, Outcome
 
 
 def run(case: Case, strategy: Strategy | None = None, track: bool = False) -> Outcome:
@@ -53,6 +49,7 @@ def run(case: Case, strategy: Strategy | None = None, track: bool = False) -> Ou
         detail = f"{type(error).__name__}: {error} in {place}"
         oracles.findings.append(Finding(HARNESS_ERROR, f"{type(error).__name__} in {place}", detail, host.last))
     _fill(outcome, case, host, kvm, oracles)
+    _dismantle(host, kvm)
     return outcome
 
 
@@ -84,8 +81,7 @@ def _fill(outcome: Outcome, case: Case, host: Host, kvm: Kvm, oracles: Oracles) 
     outcome.instructions = sum(vcpu.retired for vcpu in kvm.vcpus)
     outcome.locks = {lock.name: lock.acquisitions for lock in (kvm.mmu_lock, kvm.slots_lock)}
     outcome.threads = tuple(thread.name for thread in host.threads)
-    outcome.trace = host.trace
-    outcome.notes = host.notes
+    outcome.record = host.trace
     outcome.period = oracles.period
     kvm.counters.add_names(kvm.marks, kvm.exits)
     if host.events * 2 > host.event_limit:
@@ -94,17 +90,23 @@ def _fill(outcome: Outcome, case: Case, host: Host, kvm: Kvm, oracles: Oracles) 
     outcome.counters = kvm.counters.hits
     outcome.registers = tuple([tuple(vcpu.regs.gpr) for vcpu in kvm.vcpus])
     outcome.words = host.memory.words
-    outcome.guest = _guest_digest(host, kvm)
+    outcome.view = _guest_view(host, kvm)
 
 
-def _guest_digest(host: Host, kvm: Kvm) -> str:
-    """sha256 of what guests and their userspace can see."""
+def _guest_view(host: Host, kvm: Kvm) -> GuestView:
     seen: list[object] = []
     for vcpu in kvm.vcpus:
         regs = vcpu.regs
         seen.append((regs.gpr, regs.rip, regs.rflags, regs.cr0, regs.cr2, regs.cr3, regs.cr4, regs.xmm))
         seen.append((vcpu.exceptions, vcpu.userspace_exits, vcpu.finished))
-    words = host.memory.words
-    seen.append([(index, words[index]) for index in sorted(words) if index < _GUEST_END and words[index]])
-    seen.append(host.status == DEADLOCK)
-    return hashlib.sha256(repr(seen).encode()).hexdigest()
+    return GuestView(seen, host.status == DEADLOCK)
+
+
+def _dismantle(host: Host, kvm: Kvm) -> None:
+    """Take the references out that run in circles, so that the machine is freed at once and not by the collector."""
+    kvm.observer = Observer()
+    kvm.vcpus.clear()
+    host.memory.watcher = MemoryWatcher()
+    host.watcher = BoundaryWatcher()
+    host.threads.clear()
+    host.locks.clear()

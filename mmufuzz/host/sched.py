@@ -30,15 +30,13 @@ from mmufuzz.host.sites import (
 )
 from mmufuzz.host.strategy import Strategy
 from mmufuzz.host.thread import Body, Scheduler, Thread, Waitable
+from mmufuzz.host.trace import Trace
 
 PATIENCE: Final = 3000
 """Events without a deviation after which those whose labels never came up are given up; bounds every horizon."""
 
 SLICE: Final = 1500
 """Events after which a thread that never yields is made to: weak fairness for guests that spin on their own."""
-
-NOTE: Final = -1
-"""In a trace, the place of a label: the entry is a note, its second field an index into ``Host.notes``."""
 
 # Host.status
 ENDED: Final = 0
@@ -85,8 +83,7 @@ class Host(Scheduler):
         self.locks: list[Waitable] = []
         self.events = 0
         self.last = BOOT
-        self.trace: list[tuple[int, int, int]] = []
-        self.notes: list[str] = []
+        self.trace = Trace()
         self.watcher = BoundaryWatcher()
         self.status = ENDED
         self._replay = Replay()
@@ -184,25 +181,24 @@ class Host(Scheduler):
         self.events += 1
         if self.events > self.event_limit:
             self.stop(EVENT_LIMIT)
-        key = thread.step << 8 | site
-        occurrence = thread.counts.get(key, 0) + 1
+        if thread.step != thread.counted_step:
+            thread.count_step()
+        occurrence = thread.counts[site] + 1
         if occurrence > MAX_OCCURRENCE:
             self.stop(EVENT_LIMIT)
-        thread.counts[key] = occurrence
-        last = (thread.index << 20 | key) << 16 | occurrence
+        thread.counts[site] = occurrence
+        last = thread.label_prefix | site << 16 | occurrence
         thread.last = last
         self.last = last
-        self.trace.append((last, 0, 0))
+        self.trace.event(last)
 
     def detail(self, label: int, address: int, value: int) -> None:
         """Complete the trace entry of event ``label``; a second access glued to the same event is left out."""
-        if self.trace[-1] == (label, 0, 0):
-            self.trace[-1] = (label, address, value)
+        self.trace.detail(label, address, value)
 
-    def note(self, text: str) -> None:
-        """Put a line into the trace: a state change that explains what follows."""
-        self.trace.append((NOTE, len(self.notes), self._current.index))
-        self.notes.append(text)
+    def note(self, text: str, first: int = 0, second: int = 0) -> None:
+        """Put a line into the trace: a state change that explains what follows. See ``Trace.note``."""
+        self.trace.note(self._current.index, text, first, second)
 
     # What threads call. Each stands at a choice: what the schedule has for the last event happens, and others may run.
 

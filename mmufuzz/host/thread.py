@@ -6,7 +6,7 @@ from greenlet import greenlet
 from mypy_extensions import mypyc_attr
 
 from mmufuzz.host.memory import Memory, Pending, StoreBuffer, mix
-from mmufuzz.host.sites import BOOT
+from mmufuzz.host.sites import BOOT, N_SITES, label
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -70,8 +70,7 @@ class Scheduler:
 class Thread:
     """A thread and its CPU.
 
-    ``step`` is the instruction or host operation it works on, set by its body; ``counts`` how often it passed each
-    site in it; ``last`` the label of its last event.
+    ``step`` is the instruction or host operation it works on, set by its body; ``last`` the label of its last event.
     """
 
     def __init__(self, host: Scheduler, index: int, name: str, body: Body) -> None:
@@ -85,7 +84,13 @@ class Thread:
         self.at_boundary = True
         """True where all that the thread will do is determined by the machine's state alone."""
         self.step = 0
-        self.counts: dict[int, int] = {}
+        self.counted_step = -1
+        """The step that ``counts`` and ``label_prefix`` are about."""
+        self.counts: list[int] = []
+        """How often the thread passed each site in that step."""
+        self.label_prefix = 0
+        """Thread and step, where a label has them."""
+        self._counts_by_step: dict[int, list[int]] = {}
         self.last = BOOT
         self.buffer = StoreBuffer(host.memory)
         self.held_locks: list[int] = []
@@ -97,6 +102,17 @@ class Thread:
         self.host.started(self)
         self.body.run()
         self.host.ended(self)
+
+    def count_step(self) -> None:
+        """``step`` has changed: a label counts occurrences within a step, and goes on counting in one that comes back."""
+        step = self.step
+        counts = self._counts_by_step.get(step)
+        if counts is None:
+            counts = [0] * N_SITES
+            self._counts_by_step[step] = counts
+        self.counts = counts
+        self.counted_step = step
+        self.label_prefix = label(self.index, step, 0, 0)
 
     # Loads and stores. Each is one visible operation unless it says otherwise.
 

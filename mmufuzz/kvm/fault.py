@@ -74,7 +74,7 @@ def kvm_mmu_page_fault(vcpu: Vcpu, gva: int, error_code: int) -> PageFaultResult
         return PageFaultResult(result, 0)
     kvm.mark("page_fault." + RET_PF_NAMES[result])
     kvm.counters.hit(RET_PF_BLOCK.at(result, vcpu.kind, level))
-    kvm.host.note(f"RET_PF_{RET_PF_NAMES[result]}")
+    kvm.host.note("RET_PF_" + RET_PF_NAMES[result])
     if not kvm.fixes.retry_rewrite:
         return _before_rewrite(vcpu, gva, result, emultype)
     if result == RET_PF_WRITE_PROTECTED:

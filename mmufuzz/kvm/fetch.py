@@ -180,8 +180,8 @@ def mmu_set_spte(kvm: Kvm, fault: PageFault, address: int, access: int) -> int:
     if flush:
         kvm_flush_remote_tlbs(kvm)
     if result != RET_PF_SPURIOUS:
-        rights = f"{'W' if spte & SPTE_W else '-'}{'U' if spte & SPTE_U else '-'}"
-        kvm.host.note(f"spte gva {fault.addr & ~0xFFF:#x} = gfn {fault.gfn:#x} {rights}")
+        rights = ("--", "W-", "-U", "WU")[(spte & (SPTE_W | SPTE_U)) >> 1]
+        kvm.host.note("spte gva {0:#x} = gfn {1:#x} " + rights, fault.addr & ~0xFFF, fault.gfn)
     if not was_rmapped:
         rmap_add(kvm, address, fault.gfn)
     return result

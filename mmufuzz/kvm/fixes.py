@@ -197,11 +197,26 @@ def find(name: str) -> Fix:
     return fix
 
 
+_CACHE: Final[dict[tuple[str, tuple[str, ...], tuple[str, ...]], frozenset[str]]] = {}
+_CACHE_SIZE: Final = 1000
+
+
 def behaviours(kernel: str, revert: tuple[str, ...], apply: tuple[str, ...]) -> frozenset[str]:
     """What the model does for profile ``kernel`` with ``revert`` taken away, then ``apply`` added.
 
     Raises CaseError for an unknown profile or fix.
     """
+    key = (kernel, revert, apply)
+    found = _CACHE.get(key)
+    if found is None:
+        found = _behaviours(kernel, revert, apply)
+        if len(_CACHE) >= _CACHE_SIZE:
+            _CACHE.clear()
+        _CACHE[key] = found
+    return found
+
+
+def _behaviours(kernel: str, revert: tuple[str, ...], apply: tuple[str, ...]) -> frozenset[str]:
     if kernel == "latest":
         kernel = LATEST
     if kernel not in KERNELS:

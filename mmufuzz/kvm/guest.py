@@ -290,7 +290,7 @@ def deliver(vcpu: Vcpu, vector: int, error_code: int, address: int) -> None:
         else:
             vcpu.regs.cr2 = address
         vcpu.kvm.observer.guest_fault(vcpu.index, address, error_code)
-    vcpu.kvm.host.note(f"guest exception {vector} error {error_code:#x}")
+    vcpu.kvm.host.note("guest exception {0} error {1:#x}", vector, error_code)
     vcpu.exceptions.append((vector, error_code, address, vcpu.regs.rip))
     vcpu.progress += 1
     next_step(vcpu)

@@ -33,7 +33,7 @@ def kvm_mmu_get_shadow_page(kvm: Kvm, gfn: int, role: int) -> ShadowPage:
     kvm.active_mmu_pages.insert(0, sp)
     kvm.n_used_mmu_pages += 1
     kvm.mmu_page_hash.setdefault(gfn, []).insert(0, sp)
-    kvm.host.note(f"shadow gfn {gfn:#x} {role_text(role)}")
+    kvm.host.note("shadow gfn {0:#x} " + role_text(role), gfn)
     if sp_has_gptes(sp):
         account_shadowed(kvm, sp)
     return sp

@@ -20,6 +20,8 @@ ROLE_SMEP_ANDNOT_WP: Final = 1 << 10
 ROLE_SMAP_ANDNOT_WP: Final = 1 << 11
 ROLE_GUEST_MODE: Final = 1 << 12
 ROLE_PASSTHROUGH: Final = 1 << 13
+ROLE_BITS: Final = 14
+"""Width of a role."""
 _LEVEL_AND_ACCESS: Final = 0x7F
 
 
@@ -44,8 +46,20 @@ def child_role(role: int, direct: bool, access: int) -> int:
     return child | ROLE_DIRECT if direct else child
 
 
+_TEXTS: Final[dict[int, str]] = {}
+"""``role_text`` by role: a run asks for the same few over and over."""
+
+
 def role_text(role: int) -> str:
     """For people: level, access and the bits that are set."""
+    text = _TEXTS.get(role)
+    if text is None:
+        text = _role_text(role)
+        _TEXTS[role] = text
+    return text
+
+
+def _role_text(role: int) -> str:
     access = role_access(role)
     text = f"L{role_level(role)} {'U' if access & ACC_USER_MASK else '-'}{'W' if access & ACC_WRITE_MASK else '-'}"
     text += "X" if access & ACC_EXEC_MASK else "-"

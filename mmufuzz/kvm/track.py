@@ -60,7 +60,7 @@ def kvm_mmu_track_write(vcpu: Vcpu, gpa: int, size: int) -> None:
             continue
         index = (gpa & 0xFFF) >> 3
         if index in sp.used and mmu_page_zap_pte(kvm, sp.spte_address(index), None):
-            kvm.host.note(f"track_write: zap spte {index} of gfn {sp.gfn:#x}")
+            kvm.host.note("track_write: zap spte {0} of gfn {1:#x}", index, sp.gfn)
             flush = True
     kvm_mmu_remote_flush_or_zap(kvm, invalid_list, flush)
     kvm.mmu_lock.release()
@@ -106,7 +106,7 @@ def kvm_mmu_unprotect_page(kvm: Kvm, gfn: int) -> bool:
     kvm.mmu_lock.release()
     kvm.mark("unprotect.zapped" if count else "unprotect.nothing")
     kvm.count_retry(RETRY_ZAPPED if count else RETRY_NOTHING)
-    kvm.host.note(f"unprotect gfn {gfn:#x}: {count} zapped")
+    kvm.host.note("unprotect gfn {0:#x}: {1} zapped", gfn, count)
     return count > 0
 
 
@@ -131,7 +131,7 @@ def kvm_mmu_unprotect_gfn_and_retry(vcpu: Vcpu, gva: int, always_retry: bool) ->
             kvm.mmu_lock.release()
             kvm.mark("unprotect.zapped" if count else "unprotect.nothing")
             kvm.count_retry(RETRY_ZAPPED if count else RETRY_NOTHING)
-            kvm.host.note(f"unprotect gfn {gpa >> PAGE_SHIFT:#x}: {count} zapped")
+            kvm.host.note("unprotect gfn {0:#x}: {1} zapped", gpa >> PAGE_SHIFT, count)
     record = kvm.fixes.retry_record_failure if always_retry else kvm.fixes.retry_record_fault
     if (zapped or always_retry) and record:
         vcpu.last_retry_eip = vcpu.regs.rip

@@ -184,7 +184,7 @@ def handle_exit(vcpu: Vcpu, vmexit: VmExit) -> int:
     """vmx.c:vmx_handle_exit."""
     reason = vmexit.reason
     if reason == EXIT_PF:
-        vcpu.kvm.host.note(f"exit #PF {vmexit.a:#x} error {vmexit.b:#x}")
+        vcpu.kvm.host.note("exit #PF {0:#x} error {1:#x}", vmexit.a, vmexit.b)
         result = kvm_mmu_page_fault(vcpu, vmexit.a, vmexit.b)
         if result.code == RESUME:
             return RESUME_GUEST

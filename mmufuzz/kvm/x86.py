@@ -111,7 +111,7 @@ def _x86_emulate_insn(vcpu: Vcpu, gva: int, emultype: int, insn: Insn) -> int:
         regs.gpr = gpr
         return RESUME_GUEST
     kvm.mark("emulate.done")
-    kvm.host.note(f"emulated {insn.mnemonic}")
+    kvm.host.note("emulated " + insn.mnemonic)
     vcpu.retired += 1
     vcpu.progress += 1
     vcpu.instruction_done = True

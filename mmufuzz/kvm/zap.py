@@ -67,7 +67,8 @@ def kvm_mmu_prepare_zap_page(kvm: Kvm, sp: ShadowPage, invalid_list: list[Shadow
         zapped_root = not is_obsolete_sp(kvm, sp)
     sp.invalid = True
     thread.store(ROLE_STORE, sp.invalid_address, 1)
-    kvm.host.note(f"zap gfn {sp.gfn:#x} {role_text(sp.role)}{' (root)' if sp.root_count else ''}")
+    text = "zap gfn {0:#x} " + role_text(sp.role)
+    kvm.host.note(text + " (root)" if sp.root_count else text, sp.gfn)
     if zapped_root:
         # After the page is marked: whoever sees the request must find the root invalid.
         kvm.mark("zap.root")
@@ -123,7 +124,7 @@ def kvm_mmu_zap_all_fast(kvm: Kvm) -> None:
     kvm.mmu_lock.acquire()
     kvm.mmu_valid_gen ^= 1
     kvm.host.current.store(VALID_GEN_STORE, kvm.mmu_valid_gen_address, kvm.mmu_valid_gen)
-    kvm.host.note(f"mmu_valid_gen = {kvm.mmu_valid_gen}")
+    kvm.host.note("mmu_valid_gen = {0}", kvm.mmu_valid_gen)
     kvm_make_all_cpus_request(kvm, REQ_MMU_FREE_OBSOLETE_ROOTS)
     kvm_zap_obsolete_pages(kvm)
     kvm.mmu_lock.release()

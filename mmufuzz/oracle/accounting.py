@@ -20,6 +20,7 @@ from mmufuzz.kvm.requests import (
 )
 from mmufuzz.kvm.role import (
     ACC_WRITE_MASK,
+    ROLE_BITS,
     ROLE_CR0_WP,
     ROLE_DIRECT,
     ROLE_PASSTHROUGH,
@@ -69,6 +70,9 @@ class Accounting:
             self._tracked[gfn] = True
         # Filled by one check, for use within it.
         self._gsps: dict[int, ShadowPage] = {}
+        """Those that a vCPU may be using, by gfn."""
+        self._accounted: list[ShadowPage] = []
+        """All gSPs that are not invalid."""
         self._writable: list[tuple[int, int]] = []
         self._leaves = 0
         self._links = 0
@@ -76,6 +80,7 @@ class Accounting:
     def check(self) -> None:
         """mmu_lock is about to be released by the current thread, or nobody holds it any more."""
         self._gsps = {}
+        self._accounted = []
         self._writable = []
         self._leaves = 0
         self._links = 0
@@ -128,8 +133,10 @@ class Accounting:
         if sp.invalid:
             if sp.parent_ptes or sp.unsync:
                 self._fail("I20", "an invalid shadow page has parents or is unsync", _page_text(sp))
-        elif not role & _NOT_A_GSP and sp.mmu_valid_gen == self.kvm.mmu_valid_gen and not sp.unsync:
-            self._gsps[sp.gfn] = sp
+        elif not role & _NOT_A_GSP:
+            self._accounted.append(sp)
+            if sp.mmu_valid_gen == self.kvm.mmu_valid_gen and not sp.unsync:
+                self._gsps[sp.gfn] = sp
 
     def _check_leaf(self, sp: ShadowPage, index: int, address: int, spte: int) -> None:
         level = sp.role & 15
@@ -163,47 +170,45 @@ class Accounting:
         self._links += 1
         if child.invalid:
             self._fail("I18", "an SPTE links an invalid child", _page_text(child))
-        link = f"{_page_text(sp)} [{index}] -> {_page_text(child)}"
         expected = with_level_access(sp.role, (sp.role & 15) - 1, role_access(child.role)) & ~ROLE_PASSTHROUGH
         if (expected ^ child.role) & ~ROLE_DIRECT:
-            self._fail("I18", "child's level or role bits do not follow its parent's", link)
+            self._fail("I18", "child's level or role bits do not follow its parent's", _link_text(sp, index, child))
         surplus = role_access(child.role) & ~role_access(sp.role)
         if child.role & ROLE_DIRECT:
             if not sp.role & ROLE_CR0_WP:
                 surplus &= ~ACC_WRITE_MASK
             if sp.role & ROLE_DIRECT and child.gfn != sp.gfn + (index << 9 * ((sp.role & 15) - 1)):
-                self._fail("I19", "a direct child for another range", link)
+                self._fail("I19", "a direct child for another range", _link_text(sp, index, child))
         elif sp.role & ROLE_DIRECT:
-            self._fail("I18", "a direct page links an indirect one", link)
+            self._fail("I18", "a direct page links an indirect one", _link_text(sp, index, child))
         elif sp.role & ROLE_PASSTHROUGH and child.gfn != sp.gfn:
-            self._fail("I18", "a pass-through root links another table", link)
+            self._fail("I18", "a pass-through root links another table", _link_text(sp, index, child))
         if surplus:
-            self._fail("I18", "child with access that its parent lacks", link)
+            self._fail("I18", "child with access that its parent lacks", _link_text(sp, index, child))
 
     # All pages together.
 
     def _check_counts(self, thread: Thread) -> None:
         kvm = self.kvm
-        gsps = 0
         pinned = 0
         tracked: dict[int, int] = {}
         for gfn in kvm.options.write_track:
             tracked[gfn] = 1
-        valid: dict[tuple[int, int], bool] = {}
+        valid: dict[int, bool] = {}
         for sp in kvm.by_pfn.values():
             if sp.invalid:
                 if sp.root_count:
                     pinned += 1
-                continue
-            if sp.mmu_valid_gen == kvm.mmu_valid_gen:
-                if (sp.gfn, sp.role) in valid:
+            elif sp.mmu_valid_gen == kvm.mmu_valid_gen:
+                key = sp.gfn << ROLE_BITS | sp.role
+                if key in valid:
                     self._fail("I5", "two valid shadow pages for one gfn and role", _page_text(sp))
-                valid[(sp.gfn, sp.role)] = True
-            if not sp.role & _NOT_A_GSP:
-                gsps += 1
-                if sp.role & 15 > 1:
-                    tracked[sp.gfn] = tracked.get(sp.gfn, 0) + 1
-                    self._tracked[sp.gfn] = True
+                valid[key] = True
+        for sp in self._accounted:
+            if sp.role & 15 > 1:
+                tracked[sp.gfn] = tracked.get(sp.gfn, 0) + 1
+                self._tracked[sp.gfn] = True
+        gsps = len(self._accounted)
         count = self._read(thread, kvm.indirect_shadow_pages)
         if count != gsps:
             self._fail("I1", "indirect_shadow_pages is wrong", f"it is {count} with {gsps} gSPs that are not invalid")
@@ -221,9 +226,7 @@ class Accounting:
         for slot in self.kvm.slots:
             for level in (2, 3):
                 wanted: dict[int, int] = {}
-                for sp in self.kvm.by_pfn.values():
-                    if sp.invalid or sp.role & _NOT_A_GSP:
-                        continue
+                for sp in self._accounted:
                     if slot.base_gfn <= sp.gfn < slot.base_gfn + slot.npages:
                         huge = sp.gfn >> 9 * (level - 1)
                         wanted[huge] = wanted.get(huge, 0) + 1
@@ -308,3 +311,7 @@ class Accounting:
 
 def _page_text(sp: ShadowPage) -> str:
     return f"shadow page of gfn {sp.gfn:#x} {role_text(sp.role)} (level {role_level(sp.role)})"
+
+
+def _link_text(sp: ShadowPage, index: int, child: ShadowPage) -> str:
+    return f"{_page_text(sp)} [{index}] -> {_page_text(child)}"

@@ -22,7 +22,7 @@ _STORES: Final = (EMUL_STORE, EMUL_ATOMIC, GUEST_STORE, GUEST_ATOMIC)
 
 def fate_of_last_store(kvm: Kvm, hpa: int) -> str:
     """Whether KVM saw the last store to the entry at ``hpa``, by the trace. NOBODY if there was none."""
-    trace = kvm.host.trace
+    trace = kvm.host.trace.entries()
     at = len(trace) - 1
     while at >= 0 and not (trace[at][1] & ~7 == hpa and trace[at][0] > 0 and label_site(trace[at][0]) in _STORES):
         at -= 1

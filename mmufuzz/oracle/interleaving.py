@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from mmufuzz.host.sites import N_SITES, SITE_NAMES
+from mmufuzz.host.trace import WIDTH, Trace
 from mmufuzz.kvm.counters import BOTH_MISSED, PAIR_BLOCK, Counters
 
 _WRITES: Final = [name.endswith((".store", ".atomic", ".lock", ".unlock")) for name in SITE_NAMES]
@@ -17,7 +18,7 @@ _STORES: Final = [name.endswith((".store", ".unlock")) for name in SITE_NAMES]
 _READS: Final = [name.endswith((".load", ".walk")) for name in SITE_NAMES]
 
 
-def count_interleavings(trace: list[tuple[int, int, int]], threads: int, counters: Counters) -> None:
+def count_interleavings(trace: Trace, threads: int, counters: Counters) -> None:
     """Count the pairs of ``trace``; a run of one thread has none."""
     if threads < 2:
         return
@@ -29,7 +30,11 @@ def count_interleavings(trace: list[tuple[int, int, int]], threads: int, counter
     """By address: the value of the last plain store."""
     missed = 0
     """Bit ``first * threads + second``: the second thread missed a store of the first."""
-    for label, address, value in trace:
+    flat = trace.flat
+    for at in range(0, len(flat), WIDTH):
+        label = flat[at]
+        address = flat[at + 1]
+        value = flat[at + 2]
         if address == 0 or label < 0:
             continue
         word = address >> 3

@@ -7,8 +7,8 @@ from typing import Final
 
 from mmufuzz.host.deviation import EVICT, HOLD, RUN, Deviation
 from mmufuzz.host.memory import GUEST_FRAMES, PAGE_SHIFT, PAGE_SIZE
-from mmufuzz.host.sched import NOTE
 from mmufuzz.host.sites import BOOT, SITE_NAMES, label_occurrence, label_site, label_step, label_thread
+from mmufuzz.host.trace import NOTE
 from mmufuzz.kvm.memslots import pfn_to_gfn
 from mmufuzz.kvm.structs import (
     FIRST_GUEST_PFN,

@@ -56,7 +56,7 @@ def test_critical_sections_exclude_each_other(seed: int) -> None:
     machine.host.decide_with(portfolio(seed, 60))
     machine.host.run()
     holder = -1
-    for packed, address, _ in machine.host.trace:
+    for packed, address, _ in machine.host.trace.entries():
         if address == LOCKS:
             holder = -1
         elif address:
@@ -112,5 +112,5 @@ def test_releasing_a_lock_that_another_thread_holds_is_reported_and_does_nothing
 def test_acquisitions_are_counted_and_an_uncontended_lock_never_waits() -> None:
     machine, _ = watched((INCREMENT, INCREMENT))
     assert machine.locks[0].acquisitions == 2
-    assert [label_site(entry[0]) for entry in machine.host.trace].count(LOCK_LOCK) == 2
-    assert all(label_site(entry[0]) != THREAD_WAIT for entry in machine.host.trace)
+    assert [label_site(entry[0]) for entry in machine.host.trace.entries()].count(LOCK_LOCK) == 2
+    assert all(label_site(entry[0]) != THREAD_WAIT for entry in machine.host.trace.entries())

@@ -8,7 +8,7 @@ from toy import BASE, FENCE, YIELD, Op, Programs, ToyMachine, ld, lock, programs
 
 from mmufuzz.case.rng import Rng
 from mmufuzz.host.deviation import EVICT, FILL, HOLD, RUN, Deviation
-from mmufuzz.host.sched import DEADLOCK, ENDED, EVENT_LIMIT, NOTE, STOPPED, BoundaryWatcher, Host, RunStop
+from mmufuzz.host.sched import DEADLOCK, ENDED, EVENT_LIMIT, STOPPED, BoundaryWatcher, Host, RunStop
 from mmufuzz.host.sites import (
     BOOT,
     LOCK_UNLOCK,
@@ -30,6 +30,7 @@ from mmufuzz.host.sites import (
 )
 from mmufuzz.host.strategy import STOP, Strategy
 from mmufuzz.host.thread import Body
+from mmufuzz.host.trace import NOTE
 from mmufuzz.search.strategies import BytesStrategy, RandomWalk, portfolio
 
 SEEDS = st.integers(0, (1 << 64) - 1)
@@ -239,7 +240,7 @@ def test_a_strategy_can_stop_a_run() -> None:
     machine.host.decide_with(Stopper())
     machine.host.run()
     assert machine.host.status == STOPPED
-    assert machine.host.trace == []
+    assert machine.host.trace.entries() == []
 
 
 def test_tlb_deviations_reach_the_named_cpu_in_replay_and_under_a_strategy() -> None:
@@ -331,9 +332,9 @@ def test_notes_stand_in_the_trace_where_they_were_made() -> None:
     machine = ToyMachine(())
     machine.host.spawn("noter", Noter(machine.host))
     machine.host.run()
-    assert machine.host.notes == ["hello"]
-    assert machine.host.trace[1] == (NOTE, 0, 0)
-    assert label_site(machine.host.trace[0][0]) == THREAD_START
+    assert machine.host.trace.notes() == ["hello"]
+    assert machine.host.trace.entries()[1] == (NOTE, 0, 0)
+    assert label_site(machine.host.trace.entries()[0][0]) == THREAD_START
 
 
 def test_locked_operations_read_and_write_in_one_event() -> None:

@@ -167,8 +167,8 @@ def run_toy(
     host.run()
     outcome = Outcome()
     outcome.schedule = tuple(host.deviations)
-    outcome.trace = host.trace
-    outcome.notes = host.notes
+    outcome.trace = host.trace.entries()
+    outcome.notes = host.trace.notes()
     outcome.events = host.events
     outcome.threads = tuple(thread.name for thread in host.threads)
     if host.status in (ENDED, DEADLOCK):

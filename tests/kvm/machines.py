@@ -15,8 +15,9 @@ from mmufuzz.case.text import parse_deviation, thread_names
 from mmufuzz.host.deviation import Deviation
 from mmufuzz.host.lock import LockWatcher
 from mmufuzz.host.memory import Memory
-from mmufuzz.host.sched import NOTE, Host
+from mmufuzz.host.sched import Host
 from mmufuzz.host.sites import SITE_NAMES, label_site, label_step, label_thread
+from mmufuzz.host.trace import NOTE
 from mmufuzz.kvm.memslots import gpa_to_hpa
 from mmufuzz.kvm.observer import Observer
 from mmufuzz.kvm.role import role_level
@@ -227,7 +228,7 @@ class Machine:
     def sites(self, index: int = 0, step: int | None = None) -> list[str]:
         """Names of a thread's visible operations."""
         found = []
-        for packed, _, _ in self.host.trace:
+        for packed, _, _ in self.host.trace.entries():
             if packed != NOTE and label_thread(packed) == index and step in (None, label_step(packed)):
                 found.append(SITE_NAMES[label_site(packed)])
         return found
@@ -236,7 +237,7 @@ class Machine:
         """A thread's visible operations: site and address."""
         return [
             (SITE_NAMES[label_site(packed)], address)
-            for packed, address, _ in self.host.trace
+            for packed, address, _ in self.host.trace.entries()
             if packed != NOTE and label_thread(packed) == index
         ]
 
@@ -244,7 +245,7 @@ class Machine:
         """A thread's visible operations: site and value."""
         return [
             (SITE_NAMES[label_site(packed)], value)
-            for packed, _, value in self.host.trace
+            for packed, _, value in self.host.trace.entries()
             if packed != NOTE and label_thread(packed) == index
         ]
 

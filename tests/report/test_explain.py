@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mmufuzz.case.model import LONG4, Case, HostThread, Slot, Vcpu, Word
 from mmufuzz.host.deviation import HOLD, RUN, Deviation
-from mmufuzz.host.sched import NOTE
 from mmufuzz.host.sites import COUNT_LOAD, COUNT_STORE, EMUL_STORE, GUEST_STORE, MODE_LOAD, THREAD_START, label
+from mmufuzz.host.trace import NOTE
 from mmufuzz.kvm.memslots import gpa_to_hpa
 from mmufuzz.kvm.structs import KERNEL_DATA
 from mmufuzz.outcome import FINDING, Finding, Outcome
