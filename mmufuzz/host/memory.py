@@ -45,6 +45,9 @@ class Memory:
         self.words: dict[int, int] = {}
         self.freed: dict[int, bool] = {}
         """pfns that KVM gave back; never handed out again, so every later access is a use after free."""
+        self._freed_from = 0
+        self._freed_to = 0
+        """All freed frames lie between these addresses: most accesses are told apart without a look-up."""
         self.watcher = MemoryWatcher()
         self.track = False
         self.digest = 0
@@ -52,7 +55,7 @@ class Memory:
 
     def read(self, address: int, size: int) -> int:
         """Read ``size`` (1, 2, 4, 8) bytes that lie within one aligned word."""
-        if self.freed and address >> PAGE_SHIFT in self.freed:
+        if self._freed_from <= address < self._freed_to and address >> PAGE_SHIFT in self.freed:
             self.watcher.freed_frame_accessed(address, False)
         word = self.words.get(address >> 3, 0)
         if size == 8:
@@ -61,7 +64,7 @@ class Memory:
 
     def write(self, address: int, size: int, value: int) -> None:
         """Make ``value`` visible in ``size`` bytes within one aligned word."""
-        if self.freed and address >> PAGE_SHIFT in self.freed:
+        if self._freed_from <= address < self._freed_to and address >> PAGE_SHIFT in self.freed:
             self.watcher.freed_frame_accessed(address, True)
         index = address >> 3
         old = self.words.get(index, 0)
@@ -80,6 +83,10 @@ class Memory:
 
     def free_frame(self, pfn: int) -> None:
         """Poison a frame: its contents go, and every later access is reported."""
+        first = pfn << PAGE_SHIFT
+        if not self.freed or first < self._freed_from:
+            self._freed_from = first
+        self._freed_to = max(self._freed_to, first + PAGE_SIZE)
         self.freed[pfn] = True
 
 

@@ -59,7 +59,7 @@ class Replay:
 
     def take_hold(self, label: int) -> bool:
         """Whether the store ``label`` is to be held."""
-        if label not in self._holds:
+        if not self._holds or label not in self._holds:
             return False
         del self._holds[label]
         return True

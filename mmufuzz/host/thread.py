@@ -104,7 +104,7 @@ class Thread:
         self.host.ended(self)
 
     def count_step(self) -> None:
-        """``step`` has changed: a label counts occurrences within a step, and goes on counting in one that comes back."""
+        """``step`` has changed. Labels count occurrences within a step, and go on counting in one that comes back."""
         step = self.step
         counts = self._counts_by_step.get(step)
         if counts is None:

@@ -41,17 +41,24 @@ MAX_INSN: Final = 15
 SVM_EXIT_NPF: Final = 0x400
 
 
-@mypyc_attr(native_class=False)
-class VmExit(Exception):
-    """The instruction exits before it completes. ``a`` and ``b`` qualify it: CR number and value, or address."""
+class VmExit:
+    """Why guest mode was left. ``a`` and ``b`` qualify it: CR number and value, or address."""
 
     def __init__(self, reason: str, a: int = 0, b: int = 0) -> None:
-        super().__init__(reason, a, b)
         self.reason = reason
         self.a = a
         self.b = b
         self.length = 0
         """Bytes of the instruction that exited, where it completes by being skipped."""
+
+
+@mypyc_attr(native_class=False)
+class Intercepted(Exception):
+    """The instruction exits before it completes."""
+
+    def __init__(self, vmexit: VmExit) -> None:
+        super().__init__(vmexit.reason)
+        self.vmexit = vmexit
 
 
 class ShadowTables(HostPhys):
@@ -190,18 +197,18 @@ class GuestBus(Bus):
         """CR0, CR3 and CR4 writes exit with shadow paging. An L1 that lets L2 page is not modelled: #GP."""
         if self.vcpu.guest_mode:
             raise Fault(VECTOR_GP, 0)
-        raise VmExit(EXIT_CR, number, value)
+        raise Intercepted(VmExit(EXIT_CR, number, value))
 
     def invlpg(self, regs: Regs, gva: int) -> None:
         """INVLPG exits with shadow paging; with nested paging it drops the combined translation."""
         if self.vcpu.guest_mode:
             self.vcpu.tlb.invalidate(gva >> 12)
             return
-        raise VmExit(EXIT_INVLPG, gva)
+        raise Intercepted(VmExit(EXIT_INVLPG, gva))
 
     def halt(self, regs: Regs) -> None:
         """HLT exits."""
-        raise VmExit(EXIT_HLT)
+        raise Intercepted(VmExit(EXIT_HLT))
 
 
 def _config(key: int) -> PagingConfig:
@@ -255,7 +262,8 @@ def run_guest(vcpu: Vcpu, bus: GuestBus) -> VmExit:
             insn = fetch_insn(vcpu, bus)
             length = insn.length
             execute(vcpu.regs, insn, bus)
-        except VmExit as vmexit:
+        except Intercepted as intercepted:
+            vmexit = intercepted.vmexit
             vmexit.length = length
             return vmexit
         except Fault as fault:

@@ -36,7 +36,7 @@ from mmufuzz.kvm.fixes import (
 from mmufuzz.kvm.observer import Observer
 from mmufuzz.kvm.role import ROLE_DIRECT, ROLE_PASSTHROUGH, role_level
 from mmufuzz.x86.paging import PagingConfig, paging_config
-from mmufuzz.x86.state import Regs
+from mmufuzz.x86.state import FLAG_AC, Regs
 from mmufuzz.x86.tlb import Tlb
 
 FIRST_GUEST_PFN: Final = 1 << 12
@@ -175,6 +175,12 @@ class Vcpu:
         self.exceptions: list[tuple[int, int, int, int]] = []
         """What the guest was delivered: vector, error code, CR2 (0 but for #PF), RIP."""
         self.userspace_exits: list[str] = []
+        self._paging = paging_config(self.regs)
+        self._paging_cr0 = 0
+        self._paging_cr4 = 0
+        self._paging_efer = 0
+        self._paging_ac = 0
+        """The registers that ``_paging`` was made for."""
         self.progress = 0
         """Instructions retired, exceptions delivered and exits to userspace: what must grow."""
         self.retired = 0
@@ -183,7 +189,21 @@ class Vcpu:
     @property
     def paging(self) -> PagingConfig:
         """The paging that the shadowed tables implement: the guest's own, or nested paging with 4 levels."""
-        return _NESTED_PAGING if self.guest_mode else paging_config(self.regs)
+        if self.guest_mode:
+            return _NESTED_PAGING
+        regs = self.regs
+        if (
+            regs.cr0 != self._paging_cr0
+            or regs.cr4 != self._paging_cr4
+            or regs.efer != self._paging_efer
+            or regs.rflags & FLAG_AC != self._paging_ac
+        ):
+            self._paging_cr0 = regs.cr0
+            self._paging_cr4 = regs.cr4
+            self._paging_efer = regs.efer
+            self._paging_ac = regs.rflags & FLAG_AC
+            self._paging = paging_config(regs)
+        return self._paging
 
     @property
     def kind(self) -> int:

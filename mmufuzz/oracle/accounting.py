@@ -191,9 +191,6 @@ class Accounting:
     def _check_counts(self, thread: Thread) -> None:
         kvm = self.kvm
         pinned = 0
-        tracked: dict[int, int] = {}
-        for gfn in kvm.options.write_track:
-            tracked[gfn] = 1
         valid: dict[int, bool] = {}
         for sp in kvm.by_pfn.values():
             if sp.invalid:
@@ -204,10 +201,6 @@ class Accounting:
                 if key in valid:
                     self._fail("I5", "two valid shadow pages for one gfn and role", _page_text(sp))
                 valid[key] = True
-        for sp in self._accounted:
-            if sp.role & 15 > 1:
-                tracked[sp.gfn] = tracked.get(sp.gfn, 0) + 1
-                self._tracked[sp.gfn] = True
         gsps = len(self._accounted)
         count = self._read(thread, kvm.indirect_shadow_pages)
         if count != gsps:
@@ -215,46 +208,63 @@ class Accounting:
         if kvm.n_used_mmu_pages != len(kvm.active_mmu_pages) + pinned:
             detail = f"{kvm.n_used_mmu_pages} with {len(kvm.active_mmu_pages)} active and {pinned} pinned"
             self._fail("I2", "n_used_mmu_pages is wrong", detail)
-        for gfn in self._tracked:
-            found = self._read(thread, write_track_address(gfn))
-            if found != tracked.get(gfn, 0):
-                self._fail("I3", "a write-track count is wrong", f"gfn {gfn:#x}: {found}, not {tracked.get(gfn, 0)}")
+        self._check_write_track(thread)
         self._check_disallow_lpage()
         self._check_roots()
 
+    def _check_write_track(self, thread: Thread) -> None:
+        for sp in self._accounted:
+            if sp.role & 15 > 1:
+                self._tracked[sp.gfn] = True
+        for gfn in self._tracked:
+            wanted = 1 if gfn in self.kvm.options.write_track else 0
+            for sp in self._accounted:
+                if sp.gfn == gfn and sp.role & 15 > 1:
+                    wanted += 1
+            found = self._read(thread, write_track_address(gfn))
+            if found != wanted:
+                self._fail("I3", "a write-track count is wrong", f"gfn {gfn:#x}: {found}, not {wanted}")
+
     def _check_disallow_lpage(self) -> None:
         for slot in self.kvm.slots:
+            end = slot.base_gfn + slot.npages
+            inside = 0
+            for sp in self._accounted:
+                if slot.base_gfn <= sp.gfn < end:
+                    inside += 1
             for level in (2, 3):
-                wanted: dict[int, int] = {}
-                for sp in self._accounted:
-                    if slot.base_gfn <= sp.gfn < slot.base_gfn + slot.npages:
-                        huge = sp.gfn >> 9 * (level - 1)
-                        wanted[huge] = wanted.get(huge, 0) + 1
-                found = slot.disallow_lpage[level - 2]
-                for huge in found:
-                    if found[huge] != wanted.get(huge, 0):
-                        self._fail("I4", "disallow_lpage is wrong", f"level {level}, {huge:#x}: {found[huge]}")
-                for huge in wanted:
-                    if huge not in found:
-                        self._fail("I4", "disallow_lpage is wrong", f"level {level}, {huge:#x}: no count")
+                shift = 9 * (level - 1)
+                counted = 0
+                for huge, found in slot.disallow_lpage[level - 2].items():
+                    wanted = 0
+                    for sp in self._accounted:
+                        if sp.gfn >> shift == huge and slot.base_gfn <= sp.gfn < end:
+                            wanted += 1
+                    counted += wanted
+                    if found != wanted:
+                        self._fail("I4", "disallow_lpage is wrong", f"level {level}, {huge:#x}: {found}")
+                if counted != inside:
+                    self._fail("I4", "disallow_lpage is wrong", f"level {level}: {inside - counted} not counted")
 
     def _check_roots(self) -> None:
-        roots: dict[int, int] = {}
+        roots = 0
         for vcpu in self.kvm.vcpus:
-            root = vcpu.mmu.root_sp
-            if root is not None:
-                roots[root.pfn] = roots.get(root.pfn, 0) + 1
-            for quarter in vcpu.mmu.pae_roots:
-                roots[quarter.pfn] = roots.get(quarter.pfn, 0) + 1
-        for pfn in roots:
-            if pfn not in self.kvm.by_pfn:
-                self._fail("I6", "a vCPU's root was freed", f"frame {pfn:#x}")
+            roots += (vcpu.mmu.root_sp is not None) + len(vcpu.mmu.pae_roots)
         for sp in self.kvm.by_pfn.values():
-            if sp.root_count != roots.get(sp.pfn, 0):
-                detail = f"{_page_text(sp)}: {sp.root_count}, not {roots.get(sp.pfn, 0)}"
-                self._fail("I6", "root_count is wrong", detail)
+            users = 0
+            for vcpu in self.kvm.vcpus:
+                if vcpu.mmu.root_sp is sp:
+                    users += 1
+                for quarter in vcpu.mmu.pae_roots:
+                    if quarter is sp:
+                        users += 1
+            roots -= users
+            if sp.root_count != users:
+                self._fail("I6", "root_count is wrong", f"{_page_text(sp)}: {sp.root_count}, not {users}")
             elif sp.invalid and sp.root_count == 0:
                 self._fail("I6", "an invalid shadow page that is no root was not freed", _page_text(sp))
+        if roots:
+            self._fail("I6", "a vCPU's root was freed", f"{roots} roots are no live shadow pages")
 
     def _check_reverse_maps(self) -> None:
         """With ``_check_leaf`` and ``_check_link``: as many entries as SPTEs means there are no others."""

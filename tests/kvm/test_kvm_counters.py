@@ -22,6 +22,7 @@ from mmufuzz.host.sites import (
     SPTE_ATOMIC,
     label,
 )
+from mmufuzz.host.trace import Trace
 from mmufuzz.kvm import counters, guest
 from mmufuzz.kvm.counters import (
     BLOCKS,
@@ -107,11 +108,19 @@ def test_stalls_are_counted_in_classes() -> None:
 WORD = 0x5000
 
 
+def recorded(*events: tuple[int, int, int, int]) -> Trace:
+    """A trace of (thread, site, address, value)."""
+    trace = Trace()
+    for thread, site, address, value in events:
+        trace.event(label(thread, 0, site, 1))
+        trace.detail(label(thread, 0, site, 1), address, value)
+    return trace
+
+
 def pairs(*events: tuple[int, int, int, int]) -> list[str]:
     """The interleavings of a trace of (thread, site, address, value), each in words."""
     made = Counters()
-    trace = [(label(thread, 0, site, 1), address, value) for thread, site, address, value in events]
-    count_interleavings(trace, 2, made)
+    count_interleavings(recorded(*events), 2, made)
     return [", ".join(PAIR_BLOCK.values(index)) for index in made.hits if index >= PAIR_BLOCK.base]
 
 
@@ -144,16 +153,15 @@ def test_two_threads_that_miss_each_other_are_a_near_miss() -> None:
     made = Counters()
     x, y = WORD, WORD + 8
     events = [(0, GUEST_STORE, x, 1), (1, GUEST_STORE, y, 1), (0, GPTE_LOAD, y, 0), (1, GPTE_LOAD, x, 0)]
-    trace = [(label(thread, 0, site, 1), address, value) for thread, site, address, value in events]
-    count_interleavings(trace[:3], 2, made)
+    count_interleavings(recorded(*events[:3]), 2, made)
     assert NEAR_BLOCK.base + BOTH_MISSED not in made.hits
-    count_interleavings(trace, 2, made)
+    count_interleavings(recorded(*events), 2, made)
     assert made.hits[NEAR_BLOCK.base + BOTH_MISSED] == 1
 
 
 def test_one_thread_has_no_interleavings() -> None:
     made = Counters()
-    count_interleavings([(label(0, 0, COUNT_STORE, 1), WORD, 1)] * 2, 1, made)
+    count_interleavings(recorded((0, COUNT_STORE, WORD, 1), (0, COUNT_STORE, WORD, 1)), 1, made)
     assert made.hits == {}
 
 

@@ -74,7 +74,7 @@ def order_states(programs: Programs) -> tuple[set[State], int]:
         host.run()
         runs += 1
         assert host.status in (ENDED, STOPPED)
-        assert strays(plans, host.trace) == 0
+        assert strays(plans, host.trace.entries()) == 0
         if strategy.complete:
             words = tuple(memory.words.get(BASE // 8 + word, 0) for word in range(4))
             states.add((tuple(tuple(body.reads) for body in bodies), words))
