@@ -13,6 +13,7 @@ from mypy_extensions import mypyc_attr
 from mmufuzz.host.memory import ALL_ONES, PAGE_SHIFT, PAGE_SIZE
 from mmufuzz.host.sites import EMUL_ATOMIC, EMUL_FETCH, EMUL_LOAD, EMUL_STORE
 from mmufuzz.kvm.memslots import gfn_to_memslot, gpa_to_hpa
+from mmufuzz.kvm.opcode_table import as_emulated, can_decode
 from mmufuzz.kvm.role import ACC_USER_MASK, ACC_WRITE_MASK
 from mmufuzz.kvm.root import kvm_mmu_invalidate_addr, kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
 from mmufuzz.kvm.structs import INVALID_GPA, Vcpu
@@ -22,33 +23,14 @@ from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.decode import Truncated, decode
 from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.paging import ACCESS_FETCH, ACCESS_USER, ACCESS_WRITE, permitted
-from mmufuzz.x86.state import CR4_SMEP, PFERR_WRITE, VECTOR_GP, VECTOR_PF, Fault, Regs
+from mmufuzz.x86.state import CR4_SMEP, EFER_SCE, PFERR_WRITE, VECTOR_GP, VECTOR_PF, Fault, Regs
 
 CACHE_LINE: Final = 64
 MAX_FETCH: Final = 15
 
-# What the emulator's opcode tables lack: decoding fails (reference section 5.4, emulate.c:opcode_table, twobyte_table).
-_NO_ENTRY: Final = frozenset(
-    ("movss", "fstp", "vmovdqu", "mfence", "lfence", "sfence", "ud2"),
-)
-
-# Entries that decode and then fail in execution (em_cmpxchg8b with REX.W).
-_EXECUTION_FAILS: Final = frozenset(("cmpxchg16b",))
-
-
 @mypyc_attr(native_class=False)
 class EmulationFailed(Exception):
     """EMULATION_FAILED: the emulator does not know the instruction."""
-
-
-def can_decode(insn: Insn) -> bool:
-    """True if emulate.c's opcode tables have an entry."""
-    return insn.mnemonic not in _NO_ENTRY
-
-
-def can_execute(insn: Insn) -> bool:
-    """True unless the entry fails when it is executed: after its operand has been read."""
-    return insn.mnemonic not in _EXECUTION_FAILS
 
 
 def x86_page_table_writing_insn(insn: Insn) -> bool:
@@ -59,7 +41,7 @@ def x86_page_table_writing_insn(insn: Insn) -> bool:
             return True
         if opcode in (0x80, 0x81, 0x82, 0x83):
             return insn.reg_field in (1, 4)
-        return opcode in (0x86, 0x87, 0x88, 0x89, 0xA2, 0xA3, 0xC6, 0xC7)
+        return opcode in (0x86, 0x87, 0x88, 0x89, 0x8C, 0xA2, 0xA3, 0xC6, 0xC7)
     if insn.opcode_map == 1:
         if opcode == 0xBA:
             return insn.reg_field in (5, 7)
@@ -85,7 +67,7 @@ def x86_decode_insn(vcpu: Vcpu) -> Insn:
         insn = _decode_or_fail(code, regs)
     if not can_decode(insn):
         raise EmulationFailed
-    return insn
+    return as_emulated(insn)
 
 
 def _decode_or_fail(code: bytes, regs: Regs) -> Insn:
@@ -161,6 +143,10 @@ class EmulatorBus(Bus):
         """emulate.c:em_cr_write."""
         if self.vcpu.guest_mode or not set_cr(self.vcpu, number, value):
             raise Fault(VECTOR_GP, 0)
+
+    def write_efer(self, regs: Regs, value: int) -> None:
+        """emulate.c:em_wrmsr: see ``set_efer``."""
+        set_efer(regs, value)
 
     def invlpg(self, regs: Regs, gva: int) -> None:
         """emulate.c:em_invlpg."""
@@ -285,6 +271,13 @@ def set_cr(vcpu: Vcpu, number: int, value: int) -> bool:
     if done and flushes:
         vcpu.kvm.observer.guest_invalidated(vcpu.index, -1)
     return done
+
+
+def set_efer(regs: Regs, value: int) -> None:
+    """x86.c:set_efer, of which only EFER.SCE is modelled: what would change the MMU's role is #GP(0)."""
+    if (value ^ regs.efer) & ~EFER_SCE:
+        raise Fault(VECTOR_GP, 0)
+    regs.efer = value
 
 
 def pages(gva: int, size: int, long_mode: bool) -> list[tuple[int, int]]:

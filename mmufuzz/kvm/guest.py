@@ -17,7 +17,7 @@ from mmufuzz.host.sites import (
     SPTE_ATOMIC,
     SPTE_WALK,
 )
-from mmufuzz.kvm.emulate import pages, words
+from mmufuzz.kvm.emulate import pages, set_efer, words
 from mmufuzz.kvm.role import role_level
 from mmufuzz.kvm.structs import Vcpu
 from mmufuzz.x86.bus import Bus
@@ -98,6 +98,8 @@ class GuestBus(Bus):
     def __init__(self, vcpu: Vcpu) -> None:
         self.vcpu = vcpu
         self.mmu = HardwareMmu(vcpu.tlb, ShadowTables(vcpu))
+        self.system = False
+        """The access under way is a supervisor's whatever CPL is."""
         self.locked: list[tuple[int, int]] = []
         """What the last locked load translated to; the store that completes the operation goes there."""
 
@@ -120,7 +122,7 @@ class GuestBus(Bus):
     def translate(self, gva: int, access: int) -> int:
         """hpa of ``gva``; raises Fault for a #PF, which is always intercepted."""
         vcpu = self.vcpu
-        if vcpu.regs.cpl == 3 or vcpu.guest_mode:
+        if (vcpu.regs.cpl == 3 and not self.system) or vcpu.guest_mode:
             access |= ACCESS_USER
         mmu = vcpu.mmu
         hpa = self.mmu.translate(self.hardware_config(), mmu.root_pfn, role_level(mmu.root_role), gva, access)
@@ -188,6 +190,26 @@ class GuestBus(Bus):
         thread = self.vcpu.thread
         thread.host.point(GUEST_FETCH)
         return thread.peek_bytes(hpa, size).to_bytes(size, "little")
+
+    def load_system(self, regs: Regs, gva: int, size: int) -> int:
+        """A descriptor, gate or TSS field."""
+        self.system = True
+        try:
+            return self.load(regs, gva, size, False, False)
+        finally:
+            self.system = False
+
+    def store_system(self, regs: Regs, gva: int, size: int, value: int) -> None:
+        """An accessed bit, or the stack of a handler."""
+        self.system = True
+        try:
+            self.store(regs, gva, size, value, False)
+        finally:
+            self.system = False
+
+    def write_efer(self, regs: Regs, value: int) -> None:
+        """WRMSR exits; see ``set_efer``."""
+        set_efer(regs, value)
 
     def fence(self, regs: Regs) -> None:
         """MFENCE; a serialising instruction that exits drains by the exit."""

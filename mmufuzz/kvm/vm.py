@@ -70,7 +70,9 @@ def init_regs(regs: Regs, spec: VcpuSpec) -> None:
     """Registers as the guest finds them at its first instruction."""
     regs.rip = spec.code_gva
     regs.cpl = spec.cpl
-    regs.st0 = ST0_PATTERN
+    # A full x87 stack, so that up to 8 FSTP find something to store.
+    regs.fpr = [ST0_PATTERN] * 8
+    regs.ftw = 0xFF
     for number, value in spec.regs:
         regs.gpr[number] = value
     regs.cr0 = CR0_PE

@@ -17,7 +17,6 @@ from mmufuzz.kvm.counters import (
 from mmufuzz.kvm.emulate import (
     EmulationFailed,
     EmulatorBus,
-    can_execute,
     x86_decode_insn,
     x86_page_table_writing_insn,
 )
@@ -29,6 +28,7 @@ from mmufuzz.kvm.fault import (
     inject_page_fault,
 )
 from mmufuzz.kvm.memslots import gfn_to_memslot
+from mmufuzz.kvm.opcode_table import can_begin, can_execute
 from mmufuzz.kvm.structs import INVALID_GPA, Vcpu
 from mmufuzz.kvm.track import kvm_mmu_unprotect_gfn_and_retry, kvm_mmu_unprotect_page
 from mmufuzz.kvm.walker import gva_to_gpa
@@ -90,6 +90,8 @@ def _x86_emulate_insn(vcpu: Vcpu, gva: int, emultype: int, insn: Insn) -> int:
     exits = len(vcpu.userspace_exits)
     bus = EmulatorBus(vcpu, can_execute(insn))
     try:
+        if not can_begin(insn, regs):
+            raise EmulationFailed
         execute(regs, insn, bus)
     except EmulationFailed:
         kvm.mark("emulate.execution_failed")

@@ -134,10 +134,7 @@ def _add_vcpu(state: list[int], vcpu: Vcpu, names: Names) -> None:
 
 
 def _add_registers(state: list[int], regs: Regs) -> None:
-    state.extend(regs.gpr)
-    state.extend(regs.xmm)
-    for value in (regs.rip, regs.rflags, regs.cr0, regs.cr2, regs.cr3, regs.cr4, regs.efer, regs.cpl, regs.st0):
-        state.append(value)
+    state.extend(regs.words())
 
 
 def _add_thread(state: list[int], kvm: Kvm, thread: Thread, names: Names) -> None:

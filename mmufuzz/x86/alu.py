@@ -53,7 +53,7 @@ def signed(value: int, size: int) -> int:
     return value
 
 
-def _result_flags(size: int, result: int) -> int:
+def result_flags(size: int, result: int) -> int:
     """SF, ZF and PF of ``result``."""
     # 0x9669 holds, for each nibble, whether its number of ones is even; bit 2 of RFLAGS is PF.
     low = result & 0xFF
@@ -78,7 +78,7 @@ def adc(size: int, a: int, b: int, flags: int) -> tuple[int, int]:
 def _add_carry(size: int, a: int, b: int, carry: int, flags: int) -> tuple[int, int]:
     total = a + b + carry
     result = total & _MASKS[size]
-    new = flags & _NOT_ARITHMETIC | _result_flags(size, result) | (a ^ b ^ result) & FLAG_AF
+    new = flags & _NOT_ARITHMETIC | result_flags(size, result) | (a ^ b ^ result) & FLAG_AF
     if total != result:
         new |= FLAG_CF
     if (a ^ result) & (b ^ result) & 1 << (8 * size - 1):
@@ -103,7 +103,7 @@ def cmp(size: int, a: int, b: int, flags: int) -> tuple[int, int]:
 
 def _sub_borrow(size: int, a: int, b: int, borrow: int, flags: int) -> tuple[int, int]:
     result = (a - b - borrow) & _MASKS[size]
-    new = flags & _NOT_ARITHMETIC | _result_flags(size, result) | (a ^ b ^ result) & FLAG_AF
+    new = flags & _NOT_ARITHMETIC | result_flags(size, result) | (a ^ b ^ result) & FLAG_AF
     if a < b + borrow:
         new |= FLAG_CF
     if (a ^ b) & (a ^ result) & 1 << (8 * size - 1):
@@ -114,24 +114,24 @@ def _sub_borrow(size: int, a: int, b: int, borrow: int, flags: int) -> tuple[int
 def bitwise_and(size: int, a: int, b: int, flags: int) -> tuple[int, int]:
     """AND."""
     result = a & b
-    return result, flags & _NOT_ARITHMETIC | _result_flags(size, result)
+    return result, flags & _NOT_ARITHMETIC | result_flags(size, result)
 
 
 def bitwise_or(size: int, a: int, b: int, flags: int) -> tuple[int, int]:
     """OR."""
     result = a | b
-    return result, flags & _NOT_ARITHMETIC | _result_flags(size, result)
+    return result, flags & _NOT_ARITHMETIC | result_flags(size, result)
 
 
 def bitwise_xor(size: int, a: int, b: int, flags: int) -> tuple[int, int]:
     """XOR."""
     result = a ^ b
-    return result, flags & _NOT_ARITHMETIC | _result_flags(size, result)
+    return result, flags & _NOT_ARITHMETIC | result_flags(size, result)
 
 
 def test(size: int, a: int, b: int, flags: int) -> tuple[int, int]:
     """TEST: the flags of AND; the result is ``a``."""
-    return a, flags & _NOT_ARITHMETIC | _result_flags(size, a & b)
+    return a, flags & _NOT_ARITHMETIC | result_flags(size, a & b)
 
 
 def inc(size: int, a: int, flags: int) -> tuple[int, int]:
@@ -162,7 +162,7 @@ def _count(size: int, count: int) -> int:
 
 
 def _shift_flags(size: int, result: int, carry: int, overflow: int, flags: int) -> int:
-    new = flags & _NOT_ARITHMETIC | _result_flags(size, result) | carry
+    new = flags & _NOT_ARITHMETIC | result_flags(size, result) | carry
     return new | FLAG_OF if overflow else new
 
 

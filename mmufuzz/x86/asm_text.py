@@ -6,12 +6,13 @@ from typing import Final
 
 from mypy_extensions import mypyc_attr
 
-from mmufuzz.x86.insn import CR, HIGH8, IMM, MEM, NO_REG, REG, RIP, XMM
+from mmufuzz.x86.insn import CR, DR, HIGH8, IMM, MEM, MMX, NO_REG, REG, RIP, SREG, STI, XMM
 
 _SIZES: Final[dict[str, int]] = {
     "byte": 1,
     "word": 2,
     "dword": 4,
+    "fword": 6,
     "qword": 8,
     "tbyte": 10,
     "tword": 10,
@@ -61,8 +62,14 @@ def _registers() -> dict[str, Argument]:
     for index in range(16):
         table[f"xmm{index}"] = Argument(XMM, 16, index)
         table[f"ymm{index}"] = Argument(XMM, 32, index)
-    for index in (0, 2, 3, 4):
+    for index in (0, 2, 3, 4, 8):
         table[f"cr{index}"] = Argument(CR, 0, index)
+    for index in range(8):
+        table[f"dr{index}"] = Argument(DR, 0, index)
+        table[f"mm{index}"] = Argument(MMX, 8, index)
+        table[f"st{index}"] = Argument(STI, 10, index)
+    for index, name in enumerate(("es", "cs", "ss", "ds", "fs", "gs")):
+        table[name] = Argument(SREG, 2, index)
     return table
 
 
@@ -79,7 +86,7 @@ def _number(text: str) -> int:
 def _register(name: str, mode64: bool) -> Argument | None:
     register = _REGISTERS.get(name)
     if register is not None and not mode64:
-        if register.size == 8 or register.index >= 8 or register.needs_rex:
+        if (register.kind == REG and register.size == 8) or register.index >= 8 or register.needs_rex:
             raise AsmError(f"{name} exists only in 64-bit code")
     return register
 

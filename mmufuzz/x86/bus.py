@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mypy_extensions import mypyc_attr
 
-from mmufuzz.x86.state import Regs
+from mmufuzz.x86.state import MSR_TSC, Regs
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -44,3 +44,26 @@ class Bus:
     def halt(self, regs: Regs) -> None:
         """HLT."""
         raise NotImplementedError
+
+    def load_system(self, regs: Regs, gva: int, size: int) -> int:
+        """Read a descriptor, a gate or a TSS field: a supervisor access whatever CPL is (SDM vol. 3, 4.6)."""
+        return self.load(regs, gva, size, False, False)
+
+    def store_system(self, regs: Regs, gva: int, size: int, value: int) -> None:
+        """Write to the stack of a handler, or a descriptor's accessed or busy bit, as a supervisor."""
+        self.store(regs, gva, size, value, False)
+
+    def read_tsc(self, regs: Regs) -> int:
+        """RDTSC: what the counter shows. It stands still, so that a run depends on nothing else."""
+        return regs.msr.get(MSR_TSC, 0)
+
+    def write_efer(self, regs: Regs, value: int) -> None:
+        """WRMSR to EFER, after the checks that the CPU makes."""
+        regs.efer = value
+
+    def port_in(self, regs: Regs, port: int, size: int) -> int:
+        """IN and INS of ``size`` 1, 2 or 4 bytes. Nothing answers: the bus floats high."""
+        return (1 << 8 * size) - 1
+
+    def port_out(self, regs: Regs, port: int, size: int, value: int) -> None:
+        """OUT and OUTS; nothing listens."""

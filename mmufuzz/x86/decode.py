@@ -1,4 +1,4 @@
-"""The instruction decoder: total over bytes, for 64-bit code and for 32-bit code in flat segments."""
+"""The instruction decoder: total over bytes, for 64-bit, 32-bit and 16-bit code."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from mypy_extensions import mypyc_attr
 from mmufuzz.x86 import opcodes as op
 from mmufuzz.x86.insn import (
     CR,
+    DR,
+    DS,
+    FAR,
+    FS,
     HIGH8,
     IMM,
     MEM,
+    MMX,
     NO_REG,
     REG,
     REL,
@@ -19,7 +24,9 @@ from mmufuzz.x86.insn import (
     REP_F3,
     REP_NONE,
     RIP,
-    ST0,
+    SREG,
+    SS,
+    STI,
     XMM,
     Insn,
     Operand,
@@ -36,16 +43,27 @@ REX_X: Final = 2
 REX_R: Final = 4
 REX_W: Final = 8
 
-_ONE_BYTE: Final[list[op.Row | None]] = op.rows(op.MAP_ONE_BYTE)
-_0F: Final[list[op.Row | None]] = op.rows(op.MAP_0F)
-_VEX: Final[list[op.Row | None]] = op.rows(op.MAP_VEX)
+_Rows = list[op.Row | None]
+
+# By opcode map: tables of 64-bit code, and of 32- and 16-bit code; the VEX maps once more with VEX.L.
+_TABLES64: Final[list[_Rows]] = [op.rows(number, True) for number in range(7)]
+_TABLES32: Final[list[_Rows]] = [op.rows(number, False) for number in range(7)]
+_LONG64: Final[list[_Rows]] = [op.rows(number, True, True) for number in range(7)]
+_LONG32: Final[list[_Rows]] = [op.rows(number, False, True) for number in range(7)]
 
 # [BX+SI], [BX+DI], … of 16-bit addressing (SDM vol. 2, table 2-1).
 _BASE16: Final = [3, 3, 5, 5, 6, 7, 5, 3]
 _INDEX16: Final = [6, 7, 6, 7, NO_REG, NO_REG, NO_REG, NO_REG]
 
+_SEGMENT_PREFIXES: Final[dict[int, int]] = {0x26: 0, 0x2E: 1, 0x36: 2, 0x3E: 3, 0x64: 4, 0x65: 5}
+_ADDRESSED: Final = (op.METHOD_RM, op.METHOD_MEM, op.METHOD_XMM_RM, op.METHOD_MMX_RM, op.METHOD_UNUSED)
+
+_VEX_PREFIXES: Final = [op.PREFIX_NONE, op.PREFIX_66, op.PREFIX_F3, op.PREFIX_F2]
+
 _CACHE_LIMIT: Final = 4096
-_cache: Final[dict[tuple[bytes, bool, bool], Insn]] = {}
+_cache64: Final[dict[bytes, Insn]] = {}
+_cache32: Final[dict[bytes, Insn]] = {}
+_cache16: Final[dict[bytes, Insn]] = {}
 
 
 @mypyc_attr(native_class=False)
@@ -53,8 +71,16 @@ class Truncated(Exception):
     """The instruction needs more bytes than were given, and fewer than 15 were given."""
 
 
+@mypyc_attr(native_class=False)
+class Unsupported(Fault):
+    """#UD for want of a model: a CPU executes the instruction. ``Fault`` itself says what a CPU says."""
+
+    def __init__(self) -> None:
+        super().__init__(VECTOR_UD)
+
+
 def decode(code: bytes, mode64: bool, fep: bool = False) -> Insn:
-    """The instruction at the start of ``code``; bytes after it are ignored.
+    """The instruction at the start of ``code``, in 64-bit or 32-bit code; bytes after it are ignored.
 
     With ``fep`` a complete forced-emulation prefix at the very start is skipped: its 5 bytes count in the
     length but not against the limit of 15. Without it, or with part of it, the prefix is a UD2.
@@ -62,21 +88,31 @@ def decode(code: bytes, mode64: bool, fep: bool = False) -> Insn:
     The Insn may be shared between callers and must not be changed. NOP never has operands, even
     where the encoding has a ModRM byte, because nothing is accessed.
 
-    Raises ``Truncated``; ``Fault(VECTOR_UD)`` for undefined and unsupported encodings (SDM vol. 2,
-    appendix A); ``Fault(VECTOR_GP, 0)`` for an instruction of more than 15 bytes (SDM vol. 3, 6.15).
+    Raises ``Truncated``; ``Fault(VECTOR_UD)`` for undefined encodings and for extensions this CPU lacks (SDM vol. 2,
+    appendix A), ``Unsupported`` for what a CPU knows and the model does not; ``Fault(VECTOR_GP, 0)`` for an
+    instruction of more than 15 bytes (SDM vol. 3, 6.15).
     """
-    key = (code, mode64, fep)
-    known = _cache.get(key)
+    if fep and code.startswith(FEP):
+        insn = _Decoder(code, len(FEP), 64 if mode64 else 32).run()
+        insn.fep = True
+        return insn
+    return _cached(_cache64 if mode64 else _cache32, code, 64 if mode64 else 32)
+
+
+def decode16(code: bytes) -> Insn:
+    """``decode`` for 16-bit code."""
+    return _cached(_cache16, code, 16)
+
+
+def _cached(cache: dict[bytes, Insn], code: bytes, bits: int) -> Insn:
+    known = cache.get(code)
     if known is not None:
         return known
-    start = len(FEP) if fep and code.startswith(FEP) else 0
-    insn = _Decoder(code, start, mode64).run()
-    if start:
-        insn.fep = True
+    insn = _Decoder(code, 0, bits).run()
     # Emptying the whole cache keeps its contents a function of the calls made, cheaply.
-    if len(_cache) >= _CACHE_LIMIT:
-        _cache.clear()
-    _cache[key] = insn
+    if len(cache) >= _CACHE_LIMIT:
+        cache.clear()
+    cache[code] = insn
     return insn
 
 
@@ -85,20 +121,23 @@ def _undefined() -> Fault:
 
 
 class _Decoder:
-    """State of one decoding: the position in the bytes and the prefixes seen."""
+    """State of one decoding: the position in the bytes and the prefixes seen. ``bits`` is 64, 32 or 16."""
 
-    def __init__(self, code: bytes, start: int, mode64: bool) -> None:
+    def __init__(self, code: bytes, start: int, bits: int) -> None:
         self.code = code
         self.start = start
         self.position = start
-        self.mode64 = mode64
+        self.bits = bits
+        self.mode64 = bits == 64
         self.operand_prefix = False
         self.address_prefix = False
+        self.segment_prefix = -1
         self.lock = False
         self.rep = REP_NONE
         self.rex = 0
         self.rex_present = False
         self.vector_size = 16
+        self.vvvv = 0
         self.opcode_map = op.MAP_ONE_BYTE
         self.opcode = 0
         self.modrm = 0
@@ -108,19 +147,14 @@ class _Decoder:
     def run(self) -> Insn:
         form = self.find_form()
         insn = self.insn
-        mod = self.modrm >> 6
-        reads_memory = False
-        for method in form.methods:
-            if method == op.METHOD_MEM and mod == 3:
-                raise _undefined()
-            if method in (op.METHOD_RM, op.METHOD_MEM, op.METHOD_XMM_RM, op.METHOD_UNUSED) and mod != 3:
-                reads_memory = True
-        if form.flags & op.REG_ONLY and mod != 3:
-            raise _undefined()
         self.size = self.operand_size(form)
         insn.asize = self.address_size()
-        if reads_memory:
-            self.memory()
+        if self.modrm < 0xC0:
+            for method in form.methods:
+                if method in _ADDRESSED:
+                    self.memory()
+                    break
+        insn.segment = self.segment()
         for place in range(len(form.methods)):
             method = form.methods[place]
             if method != op.METHOD_UNUSED:
@@ -130,6 +164,7 @@ class _Decoder:
             if not allowed:
                 raise _undefined()
         insn.mnemonic = form.mnemonic
+        insn.operation = form.operation
         insn.length = self.position
         insn.size = self.resolve(form.size)
         insn.lock = self.lock
@@ -142,6 +177,13 @@ class _Decoder:
         if form.prefix < 0:
             insn.rep = self.rep
         return insn
+
+    def segment(self) -> int:
+        """The segment of the memory operand (SDM vol. 1, table 3-5). 64-bit code has bases in FS and GS only."""
+        if self.segment_prefix >= (FS if self.mode64 else 0):
+            return self.segment_prefix
+        # In 64-bit code a prefix of the others does not even change which exception a bad address raises.
+        return SS if self.insn.base in (4, 5) else DS
 
     # Bytes.
 
@@ -186,7 +228,12 @@ class _Decoder:
                 self.rep = REP_F2
             elif byte == 0xF3:
                 self.rep = REP_F3
-            elif byte not in (0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65):
+            elif byte in _SEGMENT_PREFIXES:
+                segment = _SEGMENT_PREFIXES[byte]
+                # 64-bit code does not see the other four, so that FS stays in force behind one of them.
+                if segment >= FS or not self.mode64:
+                    self.segment_prefix = segment
+            else:
                 return byte
             # A REX prefix that does not stand directly before the opcode is ignored (SDM vol. 2, 2.2.1).
             self.rex = 0
@@ -202,55 +249,86 @@ class _Decoder:
             selector = op.PREFIX_F2
         elif self.operand_prefix:
             selector = op.PREFIX_66
+        tables = _TABLES64 if self.mode64 else _TABLES32
+        place = byte
         if byte == 0x0F:
             self.opcode_map = op.MAP_0F
-            self.opcode = self.take(1)
-            row = _0F[self.opcode]
-        elif byte in (0xC4, 0xC5) and self.vex(byte):
-            self.opcode_map = op.MAP_VEX
-            selector = op.PREFIX_F3
-            self.opcode = self.take(1)
-            row = _VEX[self.opcode]
-        else:
-            self.opcode = byte
-            row = _ONE_BYTE[byte]
-            if byte == 0x90 and self.rex & REX_B and self.rep != REP_F3:
-                # XCHG R8, rAX: only the exchange of rAX with itself is NOP. PAUSE ignores REX.B.
-                row = _ONE_BYTE[0x91]
+            place = self.take(1)
+            if place in (0x38, 0x3A):
+                self.opcode_map = op.MAP_0F38 if place == 0x38 else op.MAP_0F3A
+                place = self.take(1)
+        elif byte in (0xC4, 0xC5) and self.is_vex():
+            selector = self.vex(byte)
+            place = self.take(1)
+            if self.vector_size == 32:
+                tables = _LONG64 if self.mode64 else _LONG32
+        self.opcode = place
+        if byte == 0x90 and self.rex & REX_B and self.rep != REP_F3:
+            # XCHG R8, rAX: only the exchange of rAX with itself is NOP. PAUSE ignores REX.B.
+            place = 0x91
+        row = tables[self.opcode_map][place]
         if row is None:
-            raise _undefined()
-        reg = 0
+            raise self.missing()
+        return self.select(row, selector)
+
+    def select(self, row: op.Row, selector: int) -> op.Form:
+        """The form of ``row`` for the mandatory prefix ``selector`` (a ``PREFIX_`` value); reads ModRM."""
+        place = selector * 8
         if row.modrm:
             self.modrm = self.take(1)
             reg = self.modrm >> 3 & 7
+            self.insn.modrm = self.modrm
             self.insn.reg_field = reg
-        forms = row.wide if self.rex & REX_W else row.forms
-        form = forms[selector * 8 + reg]
-        if form is None or form.flags & (op.ONLY32 if self.mode64 else op.ONLY64):
-            raise _undefined()
+            place += reg
+            if self.modrm >= 0xC0:
+                place += 32
+                exact = row.exact.get(self.modrm)
+                if exact is not None:
+                    if exact.prefix not in (-1, selector):
+                        raise self.missing()
+                    return exact
+        if self.rex & REX_W:
+            place += 64
+        form = row.forms[place]
+        if form is None or (self.opcode_map >= op.MAP_VEX and self.vvvv != 0 and not form.has_vvvv):
+            raise self.missing()
         return form
 
-    def vex(self, byte: int) -> bool:
-        """Reads the payload of a VEX prefix; False if C4 or C5 is LES or LDS (SDM vol. 2, 2.3.5)."""
+    def missing(self) -> Fault:
+        """What an encoding without a form raises."""
+        return Unsupported() if op.is_unmodelled(self.opcode_map, self.opcode) else _undefined()
+
+    def is_vex(self) -> bool:
+        """False if C4 or C5 is LES or LDS, whose ModRM.mod is not 3, outside 64-bit code (SDM vol. 2, 2.3.5)."""
+        if self.mode64:
+            return True
         payload = self.take(1)
-        if not self.mode64 and payload < 0xC0:
-            return False
+        self.position -= 1
+        return payload >= 0xC0
+
+    def vex(self, byte: int) -> int:
+        """Reads the payload of a VEX prefix; answers its mandatory prefix as a ``PREFIX_`` value."""
+        payload = self.take(1)
         if self.operand_prefix or self.lock or self.rep != REP_NONE or self.rex_present:
             raise _undefined()
-        # R, X and B are stored inverted.
+        self.opcode_map = op.MAP_VEX
+        # R, X, B and vvvv are stored inverted.
         rex = (payload >> 5 ^ 7) & REX_R
         last = payload
         if byte == 0xC4:
             rex = payload >> 5 ^ 7
             last = self.take(1)
-            if payload & 0x1F != 1:
+            number = payload & 0x1F
+            if not 1 <= number <= 3:
                 raise _undefined()
-        # The two instructions supported have pp = F3 and no third operand in vvvv.
-        if last & 3 != 2 or last >> 3 & 15 != 15:
-            raise _undefined()
+            self.opcode_map = op.MAP_VEX + number - 1
+            if last & 0x80:
+                rex |= REX_W
+        self.vvvv = last >> 3 & 15 ^ 15
         self.vector_size = 32 if last & 4 else 16
+        # Outside 64-bit code there are 8 registers, and VEX.W does not select 64-bit operands.
         self.rex = rex if self.mode64 else 0
-        return True
+        return _VEX_PREFIXES[last & 3]
 
     # Sizes.
 
@@ -262,13 +340,13 @@ class _Decoder:
             if self.operand_prefix:
                 return 2
             return 8 if form.flags & op.STACK else 4
-        return 2 if self.operand_prefix else 4
+        return 2 if self.operand_prefix != (self.bits == 16) else 4
 
     def address_size(self) -> int:
         """The address size in bytes (SDM vol. 1, 3.6)."""
         if self.mode64:
             return 4 if self.address_prefix else 8
-        return 2 if self.address_prefix else 4
+        return 2 if self.address_prefix != (self.bits == 16) else 4
 
     def resolve(self, size: int) -> int:
         """Bytes meant by a ``SIZE_`` value of the tables."""
@@ -282,6 +360,16 @@ class _Decoder:
             return self.vector_size
         if size == op.SIZE_DWORD:
             return 2 if self.size == 2 else 4
+        if size == op.SIZE_WIDE:
+            return 8 if self.rex & REX_W else 4
+        if size == op.SIZE_FAR:
+            return self.size + 2
+        if size == op.SIZE_TABLE:
+            return 10 if self.mode64 else 6
+        if size == op.SIZE_PAIR:
+            return 2 * self.size
+        if size == op.SIZE_SELECTOR:
+            return 2 if self.modrm < 0xC0 else self.size
         assert size == op.SIZE_ADDRESS
         return 0
 
@@ -310,20 +398,49 @@ class _Decoder:
             return Operand(MEM, size)
         if method == op.METHOD_CL:
             return Operand(REG, 1, 1)
+        if method == op.METHOD_DX:
+            return Operand(REG, 2, 2)
         if method == op.METHOD_ONE:
             return Operand(IMM, 1, 0, 1)
         if method == op.METHOD_XMM:
             return Operand(XMM, size, reg)
         if method == op.METHOD_XMM_RM:
             return Operand(MEM, size) if self.modrm < 0xC0 else Operand(XMM, size, rm)
-        if method == op.METHOD_CR_GPR:
+        if method == op.METHOD_RM_REG:
             return Operand(REG, size, rm)
-        if method == op.METHOD_CR:
-            if reg not in (0, 2, 3, 4):
+        if method == op.METHOD_VEX_REG:
+            return Operand(REG, size, self.vvvv if self.mode64 else self.vvvv & 7)
+        return self.special_operand(method, size, reg)
+
+    def special_operand(self, method: int, size: int, reg: int) -> Operand:
+        """Operands that are neither general registers nor immediates. Outside 64-bit code VEX has 8 registers."""
+        if method == op.METHOD_VEX_XMM:
+            return Operand(XMM, size, self.vvvv if self.mode64 else self.vvvv & 7)
+        if method == op.METHOD_MMX:
+            return Operand(MMX, size, reg & 7)
+        if method == op.METHOD_MMX_RM:
+            return Operand(MEM, size) if self.modrm < 0xC0 else Operand(MMX, size, self.modrm & 7)
+        if method == op.METHOD_STI:
+            return Operand(STI, size, self.modrm & 7)
+        if method == op.METHOD_SREG:
+            # CS is loaded by far transfers only. Neither REX.R nor the two codes above GS name a register.
+            index = reg & 7
+            if index > 5 or (index == 1 and not self.insn.operands):
                 raise _undefined()
-            return Operand(CR, size, reg)
-        assert method == op.METHOD_ST0
-        return Operand(ST0, size)
+            return Operand(SREG, size, index)
+        if method == op.METHOD_SREG_OPCODE:
+            return Operand(SREG, size, self.opcode >> 3 & 7)
+        if method == op.METHOD_FAR:
+            offset = self.take(size - 2)
+            return Operand(FAR, size, self.take(2), offset)
+        if method == op.METHOD_DR:
+            if reg > 7:
+                raise _undefined()
+            return Operand(DR, size, reg)
+        assert method == op.METHOD_CR
+        if reg not in (0, 2, 3, 4, 8):
+            raise _undefined()
+        return Operand(CR, size, reg)
 
     def register(self, index: int, size: int) -> Operand:
         """A general register; without REX the byte registers 4..7 are AH..BH."""

@@ -4,7 +4,7 @@ Each mnemonic has a handler. Handlers make every access through the ``Bus`` firs
 and RIP afterwards, so that a ``Fault``, or an exception with which the bus ends the instruction (a VM exit), leaves
 the registers untouched. Repeated string instructions commit after each element instead.
 
-Not modelled: segment limits and bases, RFLAGS.TF and RF, debug registers, alignment checks (#AC).
+Not modelled: RFLAGS.TF, breakpoints, alignment checks (#AC), virtual-8086 mode, task switches.
 """
 
 from __future__ import annotations
@@ -13,44 +13,21 @@ from collections.abc import Callable
 from typing import Final
 
 from mmufuzz.x86 import alu
+from mmufuzz.x86 import execute_arith as arith
+from mmufuzz.x86 import execute_far as far
 from mmufuzz.x86 import execute_flow as flow
+from mmufuzz.x86 import execute_system as system
 from mmufuzz.x86 import execute_vector as vector
+from mmufuzz.x86 import execute_x87 as x87
+from mmufuzz.x86 import execute_xsave as xsave
 from mmufuzz.x86.bus import Bus
-from mmufuzz.x86.execute_operands import (
-    RAX,
-    RBX,
-    RCX,
-    RDX,
-    advance,
-    bit_address,
-    check_canonical,
-    condition,
-    effective_address,
-    is_canonical,
-    load_operand,
-    operand_address,
-    read_reg,
-    require_cpl0,
-    store_operand,
-    uses_stack_segment,
-    write_reg,
-)
+from mmufuzz.x86.execute_operands import advance, effective_address, load_operand, store_operand, write_reg
 from mmufuzz.x86.execute_string import string
-from mmufuzz.x86.insn import CR, MEM, Insn
-from mmufuzz.x86.state import FLAG_CF, FLAG_DF, FLAG_ZF, VECTOR_GP, VECTOR_UD, Fault, Regs
+from mmufuzz.x86.insn import SREG, Insn
+from mmufuzz.x86.opcodes import MNEMONICS
+from mmufuzz.x86.state import VECTOR_UD, Fault, Regs
 
-__all__ = [
-    "bit_address",
-    "condition",
-    "effective_address",
-    "execute",
-    "is_canonical",
-    "operand_address",
-    "read_reg",
-    "supported",
-    "uses_stack_segment",
-    "write_reg",
-]
+Handler = Callable[[Regs, Insn, Bus], None]
 
 
 def execute(regs: Regs, insn: Insn, bus: Bus) -> None:
@@ -61,20 +38,25 @@ def execute(regs: Regs, insn: Insn, bus: Bus) -> None:
     """
     if insn.fep:
         raise Fault(VECTOR_UD)
-    _HANDLERS[insn.mnemonic](regs, insn, bus)
+    _TABLE[insn.operation](regs, insn, bus)
 
 
 def supported(mnemonic: str) -> bool:
     """True if ``execute`` has a handler for ``mnemonic``."""
-    return mnemonic in _HANDLERS
-
-
-# Data movement.
+    return mnemonic in HANDLERS
 
 
 def _mov(regs: Regs, insn: Insn, bus: Bus) -> None:
     store_operand(regs, insn, bus, insn.operands[0], load_operand(regs, insn, bus, insn.operands[1]))
     advance(regs, insn)
+
+
+def _mov_any(regs: Regs, insn: Insn, bus: Bus) -> None:
+    """MOV, of which two opcodes name segment registers."""
+    if insn.opcode in (0x8C, 0x8E):
+        system.mov_sreg(regs, insn, bus)
+    else:
+        _mov(regs, insn, bus)
 
 
 def _movsx(regs: Regs, insn: Insn, bus: Bus) -> None:
@@ -101,280 +83,142 @@ def _xchg(regs: Regs, insn: Insn, bus: Bus) -> None:
     advance(regs, insn)
 
 
-def _setcc(regs: Regs, insn: Insn, bus: Bus) -> None:
-    store_operand(regs, insn, bus, insn.operands[0], 1 if condition(regs.rflags, insn.condition) else 0)
-    advance(regs, insn)
-
-
-def _cmovcc(regs: Regs, insn: Insn, bus: Bus) -> None:
-    # The source is read, and a 32-bit destination zero-extended, whatever the condition.
-    dst = insn.operands[0]
-    value = load_operand(regs, insn, bus, insn.operands[1])
-    if not condition(regs.rflags, insn.condition):
-        value = read_reg(regs, dst.index, dst.size)
-    write_reg(regs, dst.index, dst.size, value)
-    advance(regs, insn)
-
-
-# Arithmetic and logic.
-
-
-def _binary(regs: Regs, insn: Insn, bus: Bus) -> None:
-    dst = insn.operands[0]
-    old = load_operand(regs, insn, bus, dst, True, insn.lock)
-    source = load_operand(regs, insn, bus, insn.operands[1])
-    result, flags = alu.BINARY[insn.mnemonic](dst.size, old, source, regs.rflags)
-    store_operand(regs, insn, bus, dst, result, insn.lock)
-    regs.rflags = flags
-    advance(regs, insn)
-
-
-def _compare(regs: Regs, insn: Insn, bus: Bus) -> None:
-    """CMP and TEST."""
-    dst = insn.operands[0]
-    left = load_operand(regs, insn, bus, dst)
-    right = load_operand(regs, insn, bus, insn.operands[1])
-    regs.rflags = alu.BINARY[insn.mnemonic](dst.size, left, right, regs.rflags)[1]
-    advance(regs, insn)
-
-
-def _unary(regs: Regs, insn: Insn, bus: Bus) -> None:
-    dst = insn.operands[0]
-    old = load_operand(regs, insn, bus, dst, True, insn.lock)
-    result, flags = alu.UNARY[insn.mnemonic](dst.size, old, regs.rflags)
-    store_operand(regs, insn, bus, dst, result, insn.lock)
-    regs.rflags = flags
-    advance(regs, insn)
-
-
-def _bit(regs: Regs, insn: Insn, bus: Bus) -> None:
-    """BT, BTS, BTR, BTC."""
-    dst = insn.operands[0]
-    offset = load_operand(regs, insn, bus, insn.operands[1])
-    function = alu.BINARY[insn.mnemonic]
-    writes = insn.mnemonic != "bt"
-    size = dst.size
-    if dst.kind == MEM:
-        address = bit_address(regs, insn)
-        check_canonical(regs, address, size, uses_stack_segment(insn))
-        old = bus.load(regs, address, size, writes, insn.lock)
-        result, flags = function(size, old, offset, regs.rflags)
-        if writes:
-            bus.store(regs, address, size, result, insn.lock)
+def _pop(regs: Regs, insn: Insn, bus: Bus) -> None:
+    """POP, of which some opcodes name segment registers."""
+    if insn.operands[0].kind == SREG:
+        system.pop_sreg(regs, insn, bus)
     else:
-        result, flags = function(size, read_reg(regs, dst.index, size), offset, regs.rflags)
-        if writes:
-            write_reg(regs, dst.index, size, result)
-    regs.rflags = flags
-    advance(regs, insn)
+        flow.pop_operand(regs, insn, bus)
 
 
-def _xadd(regs: Regs, insn: Insn, bus: Bus) -> None:
-    dst = insn.operands[0]
-    src = insn.operands[1]
-    old = load_operand(regs, insn, bus, dst, True, insn.lock)
-    total, flags = alu.add(dst.size, old, load_operand(regs, insn, bus, src), regs.rflags)
-    if dst.kind == MEM:
-        store_operand(regs, insn, bus, dst, total, insn.lock)
-        store_operand(regs, insn, bus, src, old)
-    else:
-        # XADD of a register with itself leaves the sum.
-        store_operand(regs, insn, bus, src, old)
-        store_operand(regs, insn, bus, dst, total)
-    regs.rflags = flags
-    advance(regs, insn)
+_BY_HANDLER: Final[list[tuple[Handler, str]]] = [
+    (_mov_any, "mov"),
+    (_mov, "movzx movnti movdiri"),
+    (_movsx, "movsx movsxd"),
+    (_lea, "lea"),
+    (_xchg, "xchg"),
+    (arith.setcc, "setcc"),
+    (arith.cmovcc, "cmovcc"),
+    (arith.binary, "add or adc sbb and sub xor rol ror rcl rcr shl shr sar"),
+    (arith.compare, "cmp test"),
+    (arith.unary, "inc dec neg not"),
+    (arith.source_only, "bsf bsr tzcnt lzcnt popcnt blsr blsmsk blsi adcx adox"),
+    (arith.three, "andn bzhi bextr shlx shrx sarx rorx pext pdep"),
+    (arith.bit, "bt bts btr btc"),
+    (arith.double_shift, "shld shrd"),
+    (arith.multiply, "mul"),
+    (arith.signed_multiply, "imul"),
+    (arith.multiply_without_flags, "mulx"),
+    (arith.divide, "div idiv"),
+    (arith.xadd, "xadd"),
+    (arith.cmpxchg, "cmpxchg"),
+    (arith.cmpxchg_pair, "cmpxchg8b cmpxchg16b"),
+    (arith.byte_swap, "bswap"),
+    (arith.move_swapped, "movbe"),
+    (arith.crc32, "crc32"),
+    (arith.extend_accumulator, "cbw"),
+    (arith.extend_into_rdx, "cwd"),
+    (arith.decimal, "daa das aaa aas aam aad"),
+    (arith.set_al_on_carry, "salc"),
+    (arith.bound, "bound"),
+    (arith.load_flags_into_ah, "lahf"),
+    (arith.store_ah_into_flags, "sahf"),
+    (string, "movs stos lods cmps scas ins outs"),
+    (flow.jump, "jmp"),
+    (flow.jump_if, "jcc"),
+    (flow.loop, "loop loope loopne"),
+    (flow.jump_if_no_count, "jcxz"),
+    (flow.call, "call"),
+    (flow.ret, "ret"),
+    (flow.push_operand, "push"),
+    (_pop, "pop"),
+    (flow.push_all, "pusha"),
+    (flow.pop_all, "popa"),
+    (flow.push_flags, "pushf"),
+    (flow.pop_flags, "popf"),
+    (flow.enter, "enter"),
+    (flow.leave, "leave"),
+    (far.load_far_pointer, "les lds lss lfs lgs"),
+    (far.jump_far, "jmpf"),
+    (far.call_far, "callf"),
+    (far.return_far, "retf"),
+    (far.iret, "iret"),
+    (far.syscall, "syscall"),
+    (far.sysret, "sysret"),
+    (far.sysenter, "sysenter"),
+    (far.sysexit, "sysexit"),
+    (system.software_interrupt, "int int3 into int1"),
+    (system.clear_carry, "clc stc cmc"),
+    (system.direction, "cld std"),
+    (system.interrupts, "cli sti"),
+    (system.smap_override, "clac stac"),
+    (system.mov_cr, "movcr"),
+    (system.mov_dr, "movdr"),
+    (system.machine_status_word, "smsw lmsw clts"),
+    (system.invlpg, "invlpg"),
+    (system.privileged_nop, "invd wbinvd"),
+    (system.halt, "hlt"),
+    (system.mfence, "mfence"),
+    (system.nop, "nop lfence sfence"),
+    (system.flush_line, "clflush clflushopt clwb"),
+    (system.undefined, "ud2"),
+    (system.store_table, "sgdt sidt"),
+    (system.load_table, "lgdt lidt"),
+    (system.store_system_segment, "sldt str"),
+    (system.load_system_segment, "lldt ltr"),
+    (system.look_at_segment, "lar lsl verr verw"),
+    (system.adjust_privilege, "arpl"),
+    (system.swap_gs, "swapgs"),
+    (system.fs_gs_base, "rdfsbase rdgsbase wrfsbase wrgsbase"),
+    (system.identify, "cpuid"),
+    (system.time_stamp, "rdtsc rdtscp"),
+    (system.processor_id, "rdpid"),
+    (system.performance_counter, "rdpmc"),
+    (system.read_msr, "rdmsr"),
+    (system.write_msr, "wrmsr"),
+    (system.extended_control, "xgetbv xsetbv"),
+    (system.protection_keys, "rdpkru wrpkru"),
+    (system.port_in, "in"),
+    (system.port_out, "out"),
+    (system.translate_byte, "xlat"),
+    (vector.move, "movups movupd movaps movapd movdqa movdqu movntps movntpd movntdq lddqu movd movq movntq movq2dq"),
+    (vector.move, "movdq2q vmovups vmovupd vmovaps vmovapd vmovdqa vmovdqu vmovntps vmovntpd vmovntdq vlddqu"),
+    (vector.move, "vmovd vmovq"),
+    (vector.move_scalar, "movss movsd vmovss vmovsd"),
+    (vector.move_half, "movlps movlpd movhps movhpd movhlps movlhps"),
+    (vector.move_half, "vmovlps vmovlpd vmovhps vmovhpd vmovhlps vmovlhps"),
+    (vector.duplicate, "movsldup movshdup movddup vmovsldup vmovshdup vmovddup"),
+    (vector.masked_store, "maskmovq maskmovdqu vmaskmovdqu"),
+    (vector.zero_upper, "vzeroupper vzeroall"),
+    (vector.empty_mmx, "emms"),
+    (vector.control_word, "ldmxcsr stmxcsr vldmxcsr vstmxcsr"),
+    (x87.load, "fld"),
+    (x87.load_integer, "fild"),
+    (x87.load_constant, "fld1 fldl2t fldl2e fldpi fldlg2 fldln2 fldz"),
+    (x87.store, "fst fstp fist fistp fisttp"),
+    (x87.exchange, "fxch"),
+    (x87.change_sign, "fchs fabs"),
+    (x87.move_top, "fdecstp fincstp ffree fnop"),
+    (x87.wait, "wait"),
+    (x87.control, "fninit fnclex fldcw fnstcw fnstsw"),
+    (x87.store_environment, "fnstenv fnsave"),
+    (x87.load_environment, "fldenv frstor"),
+    (xsave.fxsave, "fxsave"),
+    (xsave.fxrstor, "fxrstor"),
+    (xsave.xsave, "xsave xsaveopt xsavec"),
+    (xsave.xrstor, "xrstor"),
+]
 
 
-def _cmpxchg(regs: Regs, insn: Insn, bus: Bus) -> None:
-    dst = insn.operands[0]
-    size = dst.size
-    old = load_operand(regs, insn, bus, dst, True, insn.lock)
-    new = load_operand(regs, insn, bus, insn.operands[1])
-    accumulator = read_reg(regs, RAX, size)
-    flags = alu.cmp(size, accumulator, old, regs.rflags)[1]
-    # Memory is written either way. Of the registers only one is, and the other keeps even its upper half.
-    if accumulator == old:
-        store_operand(regs, insn, bus, dst, new, insn.lock)
-    else:
-        if dst.kind == MEM:
-            store_operand(regs, insn, bus, dst, old, insn.lock)
-        write_reg(regs, RAX, size, old)
-    regs.rflags = flags
-    advance(regs, insn)
+def _handlers() -> dict[str, Handler]:
+    table: dict[str, Handler] = {}
+    for handler, names in _BY_HANDLER:
+        for name in names.split():
+            table[name] = handler
+    return table
 
 
-def _cmpxchg_pair(regs: Regs, insn: Insn, bus: Bus) -> None:
-    """CMPXCHG8B and CMPXCHG16B."""
-    dst = insn.operands[0]
-    half = dst.size // 2
-    bits = 8 * half
-    address = operand_address(regs, insn, dst.size)
-    if dst.size == 16 and address % 16 != 0:
-        raise Fault(VECTOR_GP, 0)
-    old = bus.load(regs, address, dst.size, True, insn.lock)
-    expected = read_reg(regs, RDX, half) << bits | read_reg(regs, RAX, half)
-    if expected == old:
-        new = read_reg(regs, RCX, half) << bits | read_reg(regs, RBX, half)
-        bus.store(regs, address, dst.size, new, insn.lock)
-        regs.rflags |= FLAG_ZF
-    else:
-        bus.store(regs, address, dst.size, old, insn.lock)
-        regs.rflags &= ~FLAG_ZF
-        write_reg(regs, RDX, half, old >> bits)
-        write_reg(regs, RAX, half, old & alu.mask(half))
-    advance(regs, insn)
+HANDLERS: Final[dict[str, Handler]] = _handlers()
+"""The handler of each mnemonic."""
 
-
-# Flags.
-
-
-def _clc(regs: Regs, insn: Insn, bus: Bus) -> None:
-    regs.rflags &= ~FLAG_CF
-    advance(regs, insn)
-
-
-def _stc(regs: Regs, insn: Insn, bus: Bus) -> None:
-    regs.rflags |= FLAG_CF
-    advance(regs, insn)
-
-
-def _cmc(regs: Regs, insn: Insn, bus: Bus) -> None:
-    regs.rflags ^= FLAG_CF
-    advance(regs, insn)
-
-
-def _cld(regs: Regs, insn: Insn, bus: Bus) -> None:
-    regs.rflags &= ~FLAG_DF
-    advance(regs, insn)
-
-
-def _std(regs: Regs, insn: Insn, bus: Bus) -> None:
-    regs.rflags |= FLAG_DF
-    advance(regs, insn)
-
-
-# System.
-
-
-def _nop(regs: Regs, insn: Insn, bus: Bus) -> None:
-    """NOP, and LFENCE and SFENCE: under TSO loads and stores are ordered among themselves already."""
-    advance(regs, insn)
-
-
-def _mfence(regs: Regs, insn: Insn, bus: Bus) -> None:
-    bus.fence(regs)
-    advance(regs, insn)
-
-
-def _movcr(regs: Regs, insn: Insn, bus: Bus) -> None:
-    require_cpl0(regs)
-    dst = insn.operands[0]
-    src = insn.operands[1]
-    if dst.kind != CR:
-        write_reg(regs, dst.index, dst.size, _control_register(regs, src.index) & alu.mask(dst.size))
-    else:
-        value = read_reg(regs, src.index, src.size)
-        if dst.index == 2:
-            regs.cr2 = value
-        else:
-            # Serialising: earlier stores are visible before the register changes (SDM vol. 3, 9.3).
-            bus.fence(regs)
-            bus.write_cr(regs, dst.index, value)
-    advance(regs, insn)
-
-
-def _control_register(regs: Regs, number: int) -> int:
-    if number == 0:
-        return regs.cr0
-    if number == 2:
-        return regs.cr2
-    if number == 3:
-        return regs.cr3
-    return regs.cr4
-
-
-def _invlpg(regs: Regs, insn: Insn, bus: Bus) -> None:
-    """A non-canonical address is no fault: the bus gets it as it is (SDM vol. 2, INVLPG)."""
-    require_cpl0(regs)
-    # Serialising, as MOV to CR is.
-    bus.fence(regs)
-    bus.invlpg(regs, effective_address(regs, insn))
-    advance(regs, insn)
-
-
-def _hlt(regs: Regs, insn: Insn, bus: Bus) -> None:
-    require_cpl0(regs)
-    bus.halt(regs)
-    advance(regs, insn)
-
-
-def _ud2(regs: Regs, insn: Insn, bus: Bus) -> None:
-    raise Fault(VECTOR_UD)
-
-
-_HANDLERS: Final[dict[str, Callable[[Regs, Insn, Bus], None]]] = {
-    "mov": _mov,
-    "movzx": _mov,
-    "movsx": _movsx,
-    "movsxd": _movsx,
-    "lea": _lea,
-    "xchg": _xchg,
-    "setcc": _setcc,
-    "cmovcc": _cmovcc,
-    "add": _binary,
-    "or": _binary,
-    "adc": _binary,
-    "sbb": _binary,
-    "and": _binary,
-    "sub": _binary,
-    "xor": _binary,
-    "rol": _binary,
-    "ror": _binary,
-    "rcl": _binary,
-    "rcr": _binary,
-    "shl": _binary,
-    "shr": _binary,
-    "sar": _binary,
-    "cmp": _compare,
-    "test": _compare,
-    "inc": _unary,
-    "dec": _unary,
-    "neg": _unary,
-    "not": _unary,
-    "bt": _bit,
-    "bts": _bit,
-    "btr": _bit,
-    "btc": _bit,
-    "xadd": _xadd,
-    "cmpxchg": _cmpxchg,
-    "cmpxchg8b": _cmpxchg_pair,
-    "cmpxchg16b": _cmpxchg_pair,
-    "movs": string,
-    "stos": string,
-    "jmp": flow.jump,
-    "jcc": flow.jump_if,
-    "call": flow.call,
-    "ret": flow.ret,
-    "push": flow.push,
-    "pop": flow.pop,
-    "movaps": vector.move_aligned,
-    "movdqa": vector.move_aligned,
-    "movups": vector.move_unaligned,
-    "movdqu": vector.move_unaligned,
-    "movss": vector.move_single,
-    "vmovdqu": vector.vex_move_unaligned,
-    "fstp": vector.store_x87,
-    "clc": _clc,
-    "stc": _stc,
-    "cmc": _cmc,
-    "cld": _cld,
-    "std": _std,
-    "nop": _nop,
-    "lfence": _nop,
-    "sfence": _nop,
-    "mfence": _mfence,
-    "movcr": _movcr,
-    "invlpg": _invlpg,
-    "hlt": _hlt,
-    "ud2": _ud2,
-}
+_TABLE: Final[list[Handler]] = [HANDLERS[name] for name in MNEMONICS]

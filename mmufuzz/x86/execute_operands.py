@@ -6,17 +6,20 @@ from typing import Final
 
 from mmufuzz.x86 import alu
 from mmufuzz.x86.bus import Bus
-from mmufuzz.x86.insn import HIGH8, IMM, NO_REG, REG, RIP, Insn, Operand
+from mmufuzz.x86.insn import FS, HIGH8, IMM, NO_REG, REG, RIP, SS, TR, Insn, Operand
 from mmufuzz.x86.state import (
     FLAG_CF,
     FLAG_OF,
     FLAG_PF,
     FLAG_SF,
     FLAG_ZF,
+    RIGHTS_DB,
+    RIGHTS_UNUSABLE,
     VECTOR_GP,
     VECTOR_SS,
     Fault,
     Regs,
+    Segment,
 )
 
 RAX: Final = 0
@@ -75,7 +78,7 @@ def condition(rflags: int, cc: int) -> bool:
 
 
 def effective_address(regs: Regs, insn: Insn) -> int:
-    """Linear address of the memory operand, masked to the address size.
+    """Offset of the memory operand in its segment, masked to the address size.
 
     No check is made. BT and its kin add a register offset: see ``bit_address``.
     """
@@ -88,11 +91,6 @@ def effective_address(regs: Regs, insn: Insn) -> int:
     if insn.index != NO_REG:
         address += regs.gpr[insn.index] * insn.scale
     return address & alu.mask(insn.asize)
-
-
-def uses_stack_segment(insn: Insn) -> bool:
-    """True if the memory operand defaults to SS, whose violations are #SS(0) (SDM vol. 1, table 3-5)."""
-    return insn.base in (RSP, RBP)
 
 
 def is_canonical(regs: Regs, address: int) -> bool:
@@ -114,15 +112,49 @@ def check_canonical(regs: Regs, address: int, size: int, stack: bool) -> None:
         raise Fault(VECTOR_SS if stack else VECTOR_GP, 0)
 
 
-def operand_address(regs: Regs, insn: Insn, size: int) -> int:
-    """``effective_address`` of an operand of ``size`` bytes, with the canonical check."""
-    address = effective_address(regs, insn)
-    check_canonical(regs, address, size, uses_stack_segment(insn))
-    return address
+def linear(regs: Regs, segment: int, offset: int, size: int, write: bool) -> int:
+    """Linear address of ``size`` bytes at ``offset`` in ``segment``, checked (SDM vol. 3, 5.3, 5.5; vol. 1, 3.3.7.1).
+
+    Raises #SS(0) if the segment is SS, else #GP(0): for a non-canonical address in 64-bit code, else for a segment
+    that is unusable, not writable or not readable, or ends before the last byte.
+    """
+    if regs.long_mode:
+        if segment >= FS:
+            offset = offset + regs.segments[segment].base & MASK64
+        if offset + size > _LOW_HALF_END:
+            check_canonical(regs, offset, size, segment == SS)
+        return offset
+    if regs.flat and segment < FS:
+        return offset
+    descriptor = regs.segments[segment]
+    if not _allows(descriptor, offset, size, write):
+        raise Fault(VECTOR_SS if segment == SS else VECTOR_GP, 0)
+    return offset + descriptor.base & MASK32
 
 
-def bit_address(regs: Regs, insn: Insn) -> int:
-    """Linear address of the memory operand of BT, BTS, BTR, BTC.
+def _allows(descriptor: Segment, offset: int, size: int, write: bool) -> bool:
+    """Whether type and limit of a segment let an access pass."""
+    rights = descriptor.rights
+    if rights & RIGHTS_UNUSABLE:
+        return False
+    last = offset + size - 1
+    if rights & 8:
+        # Code: never writable, readable by bit 1.
+        return not write and rights & 2 != 0 and last <= descriptor.limit
+    if write and rights & 2 == 0:
+        return False
+    if rights & 4:
+        return offset > descriptor.limit and last <= (MASK32 if rights & RIGHTS_DB else 0xFFFF)
+    return last <= descriptor.limit
+
+
+def operand_address(regs: Regs, insn: Insn, size: int, write: bool = False) -> int:
+    """Linear address of an operand of ``size`` bytes, checked."""
+    return linear(regs, insn.segment, effective_address(regs, insn), size, write)
+
+
+def bit_offset(regs: Regs, insn: Insn) -> int:
+    """Offset of the memory operand of BT, BTS, BTR, BTC in its segment.
 
     A register offset is signed and reaches any operand before or after the addressed one; an
     immediate offset stays within it (SDM vol. 2, BT). No check is made.
@@ -136,7 +168,7 @@ def bit_address(regs: Regs, insn: Insn) -> int:
 
 
 def rip_mask(regs: Regs) -> int:
-    """All ones in the width of RIP and RSP."""
+    """All ones in the width of RIP."""
     return MASK64 if regs.long_mode else MASK32
 
 
@@ -144,12 +176,13 @@ def load_operand(regs: Regs, insn: Insn, bus: Bus, operand: Operand, rmw: bool =
     """Value of a REG, HIGH8, IMM or MEM operand."""
     kind = operand.kind
     if kind == REG:
-        return read_reg(regs, operand.index, operand.size)
+        return regs.gpr[operand.index] & alu.mask(operand.size)
     if kind == IMM:
         return operand.value
     if kind == HIGH8:
-        return read_reg(regs, operand.index, 1, True)
-    return bus.load(regs, operand_address(regs, insn, operand.size), operand.size, rmw, locked)
+        return regs.gpr[operand.index] >> 8 & 0xFF
+    size = operand.size
+    return bus.load(regs, operand_address(regs, insn, size, rmw), size, rmw, locked)
 
 
 def store_operand(regs: Regs, insn: Insn, bus: Bus, operand: Operand, value: int, locked: bool = False) -> None:
@@ -160,15 +193,65 @@ def store_operand(regs: Regs, insn: Insn, bus: Bus, operand: Operand, value: int
     elif kind == HIGH8:
         write_reg(regs, operand.index, 1, value, True)
     else:
-        bus.store(regs, operand_address(regs, insn, operand.size), operand.size, value, locked)
+        bus.store(regs, operand_address(regs, insn, operand.size, True), operand.size, value, locked)
 
 
 def advance(regs: Regs, insn: Insn) -> None:
     """RIP goes to the next instruction."""
-    regs.rip = regs.rip + insn.length & rip_mask(regs)
+    regs.rip = regs.rip + insn.length & (MASK64 if regs.long_mode else MASK32)
 
 
 def require_cpl0(regs: Regs) -> None:
     """Raise #GP(0) unless the current privilege level is 0."""
     if regs.cpl != 0:
+        raise Fault(VECTOR_GP, 0)
+
+
+# The stack.
+
+
+def stack_offset(regs: Regs, delta: int) -> int:
+    """The stack pointer plus ``delta``, wrapped to the width of the stack (SDM vol. 1, 6.2.3)."""
+    value = regs.gpr[RSP] + delta
+    if regs.long_mode:
+        return value & MASK64
+    return value & (0xFFFF if regs.stack16 else MASK32)
+
+
+def set_stack(regs: Regs, offset: int) -> None:
+    """Move the stack pointer; a 16-bit stack leaves the upper half of ESP alone."""
+    if regs.stack16 and not regs.long_mode:
+        write_reg(regs, RSP, 2, offset)
+    else:
+        regs.gpr[RSP] = offset
+
+
+def store_stack(regs: Regs, bus: Bus, delta: int, size: int, value: int) -> None:
+    """Store ``size`` bytes at the stack pointer plus ``delta``, which stays where it is."""
+    bus.store(regs, linear(regs, SS, stack_offset(regs, delta), size, True), size, value, False)
+
+
+def load_stack(regs: Regs, bus: Bus, delta: int, size: int) -> int:
+    """Load ``size`` bytes at the stack pointer plus ``delta``."""
+    return bus.load(regs, linear(regs, SS, stack_offset(regs, delta), size, False), size, False, False)
+
+
+def push(regs: Regs, bus: Bus, size: int, value: int) -> None:
+    """Store below the stack pointer, which moves only if the store succeeded."""
+    store_stack(regs, bus, -size, size, value)
+    set_stack(regs, stack_offset(regs, -size))
+
+
+def check_io(regs: Regs, bus: Bus, port: int, size: int) -> None:
+    """#GP(0) unless CPL <= IOPL or the I/O bitmap of the TSS allows all ``size`` ports (SDM vol. 1, 19.5)."""
+    if regs.real_mode or regs.cpl <= regs.rflags >> 12 & 3:
+        return
+    tss = regs.segments[TR]
+    # Only 32-bit and 64-bit TSSs, of types 9 and 11, have a bitmap.
+    if tss.rights & RIGHTS_UNUSABLE or tss.rights & 0xD != 9 or tss.limit < 0x67:
+        raise Fault(VECTOR_GP, 0)
+    place = bus.load_system(regs, tss.base + 0x66, 2) + (port >> 3)
+    if place + 1 > tss.limit:
+        raise Fault(VECTOR_GP, 0)
+    if bus.load_system(regs, tss.base + place, 2) >> (port & 7) & (1 << size) - 1:
         raise Fault(VECTOR_GP, 0)

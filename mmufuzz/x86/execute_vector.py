@@ -1,25 +1,51 @@
-"""Vector and x87 data movement: stores that KVM's emulator mostly lacks.
+"""MMX, SSE and AVX data movement: mostly stores that KVM's emulator lacks.
 
-CR0.EM, CR0.TS, CR4.OSFXSR and XCR0 are taken to be as an operating system sets them for SSE and AVX use, and all
-x87 exceptions to be masked.
+CR4.OSFXSR, CR4.OSXSAVE and XCR0 are taken to be as an operating system sets them for SSE and AVX use.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.x86 import alu
 from mmufuzz.x86.bus import Bus
-from mmufuzz.x86.execute_operands import advance, load_operand, operand_address, store_operand
-from mmufuzz.x86.insn import MEM, XMM, Insn, Operand
-from mmufuzz.x86.state import VECTOR_GP, Fault, Regs
+from mmufuzz.x86.execute_operands import (
+    RDI,
+    advance,
+    linear,
+    load_operand,
+    operand_address,
+    read_reg,
+    store_operand,
+    write_reg,
+)
+from mmufuzz.x86.insn import MEM, MMX, REG, XMM, Insn, Operand
+from mmufuzz.x86.opcodes import MAP_VEX
+from mmufuzz.x86.state import CR0_EM, CR0_TS, VECTOR_GP, VECTOR_NM, VECTOR_UD, Fault, Regs
 
 _UPPER_HALF: Final = ((1 << 128) - 1) << 128
-_ALL: Final = (1 << 256) - 1
+_MASK64: Final = (1 << 64) - 1
+_MASK128: Final = (1 << 128) - 1
+_MXCSR_RESERVED: Final = 0xFFFF0000
+# An MMX register is the significand of an x87 register whose sign and exponent are all ones (SDM vol. 1, 9.2.1).
+_MMX_TOP: Final = 0xFFFF << 64
+
+_ALIGNED: Final = frozenset(
+    (
+        *("movaps", "movapd", "movdqa", "movntps", "movntpd", "movntdq"),
+        *("vmovaps", "vmovapd", "vmovdqa", "vmovntps", "vmovntpd", "vmovntdq"),
+    )
+)
+_HIGH: Final = frozenset(("movhps", "movhpd", "movlhps", "vmovhps", "vmovhpd", "vmovlhps"))
 
 
 def _low(value: int, size: int) -> int:
     return value & ((1 << 8 * size) - 1)
+
+
+def check_enabled(regs: Regs) -> None:
+    """#UD with CR0.EM, #NM with CR0.TS."""
+    if regs.cr0 & (CR0_EM | CR0_TS):
+        raise Fault(VECTOR_UD if regs.cr0 & CR0_EM else VECTOR_NM)
 
 
 def _check_alignment(regs: Regs, insn: Insn, operand: Operand) -> None:
@@ -28,103 +54,162 @@ def _check_alignment(regs: Regs, insn: Insn, operand: Operand) -> None:
         raise Fault(VECTOR_GP, 0)
 
 
-def _move(regs: Regs, insn: Insn, bus: Bus, aligned: bool, vex: bool) -> None:
-    """A whole-register move. Legacy SSE keeps bits 255..128 of its destination, VEX clears them (SDM vol. 1, 14.3)."""
+def _load(regs: Regs, insn: Insn, bus: Bus, operand: Operand) -> int:
+    """The low ``size`` bytes of a vector, MMX or general register, or memory."""
+    if operand.kind == XMM:
+        return _low(regs.xmm[operand.index], operand.size)
+    if operand.kind == MMX:
+        return _low(regs.fpr[operand.index], operand.size)
+    return load_operand(regs, insn, bus, operand)
+
+
+def _write_vector(regs: Regs, insn: Insn, index: int, value: int) -> None:
+    """A whole register. Legacy SSE keeps bits 255..128, VEX clears them (SDM vol. 1, 14.3)."""
+    if insn.opcode_map >= MAP_VEX:
+        regs.xmm[index] = value
+    else:
+        regs.xmm[index] = regs.xmm[index] & _UPPER_HALF | value
+
+
+def _write_mmx(regs: Regs, index: int, value: int) -> None:
+    """Any MMX instruction makes all x87 registers valid and register 0 the top."""
+    regs.fpr[index] = _MMX_TOP | value
+    enter_mmx(regs)
+
+
+def enter_mmx(regs: Regs) -> None:
+    """What every MMX instruction but EMMS does to the x87 state."""
+    regs.fsw &= ~0x3800
+    regs.ftw = 0xFF
+
+
+def move(regs: Regs, insn: Insn, bus: Bus) -> None:
+    """Moves that copy the source and clear what lies above it: whole registers, MOVD, MOVQ and their relatives."""
+    check_enabled(regs)
     dst = insn.operands[0]
     src = insn.operands[1]
-    if aligned:
+    if insn.mnemonic in _ALIGNED:
         _check_alignment(regs, insn, dst)
         _check_alignment(regs, insn, src)
-    if src.kind == XMM:
-        value = _low(regs.xmm[src.index], src.size)
+    value = _load(regs, insn, bus, src)
+    if dst.kind == XMM:
+        _write_vector(regs, insn, dst.index, value)
+    elif dst.kind == MMX:
+        _write_mmx(regs, dst.index, value)
+    elif dst.kind == REG:
+        write_reg(regs, dst.index, dst.size, value)
     else:
-        value = load_operand(regs, insn, bus, src)
+        store_operand(regs, insn, bus, dst, value)
+    if src.kind == MMX and dst.kind != MMX:
+        enter_mmx(regs)
+    advance(regs, insn)
+
+
+def move_scalar(regs: Regs, insn: Insn, bus: Bus) -> None:
+    """MOVSS and MOVSD: a load clears the rest of bits 127..0, a register move takes it from the second operand."""
+    check_enabled(regs)
+    dst = insn.operands[0]
+    src = insn.operands[len(insn.operands) - 1]
+    value = _load(regs, insn, bus, src)
     if dst.kind == MEM:
         store_operand(regs, insn, bus, dst, value)
-    elif vex:
-        regs.xmm[dst.index] = value
     else:
-        regs.xmm[dst.index] = regs.xmm[dst.index] & _UPPER_HALF | value
+        if src.kind != MEM:
+            # Without VEX the destination is its own second operand.
+            rest = regs.xmm[insn.operands[len(insn.operands) - 2].index]
+            value |= rest & (_MASK128 ^ (1 << 8 * src.size) - 1)
+        _write_vector(regs, insn, dst.index, value)
     advance(regs, insn)
 
 
-def move_aligned(regs: Regs, insn: Insn, bus: Bus) -> None:
-    """MOVAPS, MOVDQA."""
-    _move(regs, insn, bus, True, False)
+def move_half(regs: Regs, insn: Insn, bus: Bus) -> None:
+    """MOVLPS, MOVHPS, MOVLPD, MOVHPD, MOVHLPS, MOVLHPS: one half of a vector register."""
+    check_enabled(regs)
+    dst = insn.operands[0]
+    src = insn.operands[len(insn.operands) - 1]
+    high = insn.mnemonic in _HIGH
+    if dst.kind == MEM:
+        value = regs.xmm[src.index]
+        store_operand(regs, insn, bus, dst, value >> 64 & _MASK64 if high else value & _MASK64)
+    else:
+        other = regs.xmm[insn.operands[len(insn.operands) - 2].index if len(insn.operands) == 3 else dst.index]
+        if src.kind == MEM:
+            half = load_operand(regs, insn, bus, src)
+        else:
+            # The two register forms cross: MOVHLPS takes the high half, MOVLHPS the low one.
+            half = regs.xmm[src.index] & _MASK64 if high else regs.xmm[src.index] >> 64 & _MASK64
+        if high:
+            value = other & _MASK64 | half << 64
+        else:
+            value = other & _MASK128 ^ other & _MASK64 | half
+        _write_vector(regs, insn, dst.index, value)
+    advance(regs, insn)
 
 
-def move_unaligned(regs: Regs, insn: Insn, bus: Bus) -> None:
-    """MOVUPS, MOVDQU."""
-    _move(regs, insn, bus, False, False)
-
-
-def vex_move_unaligned(regs: Regs, insn: Insn, bus: Bus) -> None:
-    """VMOVDQU."""
-    _move(regs, insn, bus, False, True)
-
-
-def move_single(regs: Regs, insn: Insn, bus: Bus) -> None:
-    """MOVSS: a load clears the rest of bits 127..0, a register move keeps it."""
+def duplicate(regs: Regs, insn: Insn, bus: Bus) -> None:
+    """MOVDDUP, MOVSLDUP, MOVSHDUP: each second element twice."""
+    check_enabled(regs)
     dst = insn.operands[0]
     src = insn.operands[1]
-    if dst.kind == MEM:
-        store_operand(regs, insn, bus, dst, _low(regs.xmm[src.index], dst.size))
-    elif src.kind == MEM:
-        value = load_operand(regs, insn, bus, src)
-        regs.xmm[dst.index] = regs.xmm[dst.index] & _UPPER_HALF | value
+    if insn.opcode_map < MAP_VEX and src.size == 16:
+        _check_alignment(regs, insn, src)
+    source = _load(regs, insn, bus, src)
+    width = 64 if insn.mnemonic.endswith("ddup") else 32
+    odd = insn.mnemonic.endswith("shdup")
+    ones = (1 << width) - 1
+    value = 0
+    for place in range(8 * dst.size // width):
+        chosen = place | 1 if odd else place & ~1
+        value |= (source >> width * chosen & ones) << width * place
+    _write_vector(regs, insn, dst.index, value)
+    advance(regs, insn)
+
+
+def masked_store(regs: Regs, insn: Insn, bus: Bus) -> None:
+    """MASKMOVQ and MASKMOVDQU: the bytes at rDI whose mask byte has its top bit set. No byte, no fault."""
+    check_enabled(regs)
+    src = insn.operands[0]
+    value = _load(regs, insn, bus, src)
+    mask = _load(regs, insn, bus, insn.operands[1])
+    offset = read_reg(regs, RDI, insn.asize)
+    for place in range(src.size):
+        if mask >> (8 * place + 7) & 1:
+            at = linear(regs, insn.segment, offset + place & (1 << 8 * insn.asize) - 1, 1, True)
+            bus.store(regs, at, 1, value >> 8 * place & 0xFF, False)
+    if src.kind == MMX:
+        enter_mmx(regs)
+    advance(regs, insn)
+
+
+def zero_upper(regs: Regs, insn: Insn, bus: Bus) -> None:
+    """VZEROUPPER and VZEROALL, of 16 registers in 64-bit code and 8 elsewhere."""
+    check_enabled(regs)
+    kept = 0 if insn.mnemonic == "vzeroall" else _MASK128
+    for index in range(16 if regs.long_mode else 8):
+        regs.xmm[index] &= kept
+    advance(regs, insn)
+
+
+def empty_mmx(regs: Regs, insn: Insn, bus: Bus) -> None:
+    """EMMS."""
+    check_enabled(regs)
+    regs.ftw = 0
+    advance(regs, insn)
+
+
+def control_word(regs: Regs, insn: Insn, bus: Bus) -> None:
+    """LDMXCSR and STMXCSR."""
+    check_enabled(regs)
+    operand = insn.operands[0]
+    if insn.mnemonic.endswith("stmxcsr"):
+        store_operand(regs, insn, bus, operand, regs.mxcsr)
     else:
-        ones = (1 << 8 * src.size) - 1
-        regs.xmm[dst.index] = regs.xmm[dst.index] & (_ALL ^ ones) | regs.xmm[src.index] & ones
+        regs.mxcsr = checked_mxcsr(load_operand(regs, insn, bus, operand))
     advance(regs, insn)
 
 
-def store_x87(regs: Regs, insn: Insn, bus: Bus) -> None:
-    """FSTP to memory of 4, 8 or 10 bytes. Only the top of the stack is modelled, so the pop leaves it in place."""
-    dst = insn.operands[0]
-    value = regs.st0
-    if dst.size == 8:
-        value = round_extended(value, 11, 52)
-    elif dst.size == 4:
-        value = round_extended(value, 8, 23)
-    store_operand(regs, insn, bus, dst, value)
-    advance(regs, insn)
-
-
-def round_extended(value: int, exponent_bits: int, fraction_bits: int) -> int:
-    """An 80-bit extended value as an IEEE 754 binary value, rounded to nearest, ties to even (SDM vol. 1, 4.2, 4.8).
-
-    Overflow gives infinity, a NaN is made quiet and truncated, and encodings that the x87 does not
-    support (unnormals, pseudo-NaNs, pseudo-infinities) give the default NaN.
-    """
-    exponent = value >> 64 & 0x7FFF
-    significand = value & alu.mask(8)
-    integer_bit = significand >> 63
-    sign = (value >> 79) << (exponent_bits + fraction_bits)
-    top = (1 << exponent_bits) - 1
-    infinity = top << fraction_bits
-    quiet = 1 << (fraction_bits - 1)
-    if exponent != 0 and integer_bit == 0:
-        return 1 << (exponent_bits + fraction_bits) | infinity | quiet
-    if exponent == 0x7FFF:
-        fraction = significand & (1 << 63) - 1
-        if fraction == 0:
-            return sign | infinity
-        return sign | infinity | quiet | fraction >> (63 - fraction_bits)
-    if exponent == 0:
-        # Denormals have the exponent of the smallest normal, and so do pseudo-denormals.
-        exponent = 1
-    # The target's biased exponent of a significand whose bit 63 is worth 1.0.
-    target = exponent - 0x3FFF + (top >> 1)
-    shift = 63 - fraction_bits
-    if target < 1:
-        shift += 1 - target
-        target = 1
-    kept = significand >> shift
-    rest = significand & (1 << shift) - 1
-    half = 1 << (shift - 1)
-    if rest > half or (rest == half and kept & 1):
-        kept += 1
-    # The kept integer bit adds 1 to the exponent field below it, and so does a carry out of the
-    # fraction; without an integer bit the value is denormal and the field stays 0.
-    result = ((target - 1) << fraction_bits) + kept
-    return sign | (infinity if result > infinity else result)
+def checked_mxcsr(value: int) -> int:
+    """``value``, or #GP(0) for reserved bits."""
+    if value & _MXCSR_RESERVED:
+        raise Fault(VECTOR_GP, 0)
+    return value

@@ -12,7 +12,21 @@ IMM: Final = 3  # `value`, sign-extended, unsigned representation masked to `siz
 REL: Final = 4  # branch displacement `value`, signed, relative to the next instruction
 CR: Final = 5  # control register `index`
 XMM: Final = 6  # vector register `index`, `size` 4, 8, 16 or 32 bytes
-ST0: Final = 7  # top of the x87 stack
+STI: Final = 7  # x87 register `index` places below the top of the stack
+SREG: Final = 8  # segment register `index`
+DR: Final = 9  # debug register `index`
+FAR: Final = 10  # far pointer: selector `index`, offset `value` of `size` - 2 bytes
+MMX: Final = 11  # MMX register `index`, `size` 4 or 8 bytes
+
+# Segment registers in encoding order, and the two system segments.
+ES: Final = 0
+CS: Final = 1
+SS: Final = 2
+DS: Final = 3
+FS: Final = 4
+GS: Final = 5
+LDTR: Final = 6
+TR: Final = 7
 
 NO_REG: Final = -1
 RIP: Final = 16  # as `base`: RIP-relative
@@ -35,14 +49,16 @@ class Operand:
 class Insn:
     """A decoded instruction.
 
-    ``mnemonic`` is lower case and generic ("mov", "add", "jcc", "cmpxchg16b"); ``condition`` (0..15)
-    completes "jcc". ``size`` is the operand size in bytes, ``asize`` the address size in bytes.
+    ``mnemonic`` is lower case and generic ("mov", "add", "jcc", "cmpxchg16b"), ``operation`` its place in
+    ``opcodes.MNEMONICS``; ``condition`` (0..15) completes "jcc". ``size`` is the operand size in bytes, ``asize`` the
+    address size in bytes.
     Operands are in Intel order, destination first. ``fep`` is set when KVM's forced-emulation
     prefix (ud2; .ascii "kvm") stands in front; its 5 bytes count in ``length``.
     """
 
     def __init__(self, mnemonic: str, length: int, size: int, asize: int) -> None:
         self.mnemonic = mnemonic
+        self.operation = 0
         self.length = length
         self.size = size
         self.asize = asize
@@ -56,10 +72,13 @@ class Insn:
         self.index = NO_REG
         self.scale = 1
         self.displacement = 0
-        # Opcode identity: map (0 one-byte, 1 0F, 2 0F38, 3 0F3A, 4 VEX), opcode byte, ModRM.reg or -1,
-        # mandatory prefix (0x66, 0xF2, 0xF3 or 0).
+        self.segment = DS
+        """Segment of the memory operand. In 64-bit code DS stands for ES and CS too, and SS says whose fault it is."""
+        # Opcode identity: map (0 one-byte, 1 0F, 2 0F38, 3 0F3A, 4 to 6 the VEX maps), opcode byte, ModRM or -1,
+        # ModRM.reg or -1, mandatory prefix (0x66, 0xF2, 0xF3 or 0).
         self.opcode_map = 0
         self.opcode = 0
+        self.modrm = -1
         self.reg_field = -1
         self.prefix = 0
 
@@ -70,3 +89,25 @@ class Insn:
             if operand.kind == MEM:
                 return True
         return False
+
+
+def renamed(insn: Insn, mnemonic: str, operation: int) -> Insn:
+    """A copy of ``insn`` that is another operation on the same operands."""
+    other = Insn(mnemonic, insn.length, insn.size, insn.asize)
+    other.operation = operation
+    other.operands = insn.operands
+    other.condition = insn.condition
+    other.lock = insn.lock
+    other.rep = insn.rep
+    other.fep = insn.fep
+    other.base = insn.base
+    other.index = insn.index
+    other.scale = insn.scale
+    other.displacement = insn.displacement
+    other.segment = insn.segment
+    other.opcode_map = insn.opcode_map
+    other.opcode = insn.opcode
+    other.modrm = insn.modrm
+    other.reg_field = insn.reg_field
+    other.prefix = insn.prefix
+    return other

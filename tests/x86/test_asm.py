@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from encodings_random import Random, encode
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mmufuzz.x86.asm import AsmError, assemble, disassemble
 from mmufuzz.x86.decode import FEP, Truncated, decode
 from mmufuzz.x86.insn import REP_NONE, Insn
-from mmufuzz.x86.opcodes import FORMS
+from mmufuzz.x86.opcodes import FORMS, MNEMONICS
 from mmufuzz.x86.state import Fault
 
 # Each is written as the disassembler writes it, so it must come back unchanged.
@@ -73,9 +74,29 @@ def test_the_decoder_takes_exactly_the_assembled_bytes(text: str) -> None:
     assert insn.fep == text.startswith("fep")
 
 
-def test_every_mnemonic_of_the_tables_is_assembled() -> None:
-    covered = {decodes_to(assemble(text)).mnemonic for text in TEXTS}
-    assert sorted({form.mnemonic for form in FORMS} - covered) == []
+# Direct far pointers and SMSW and its kin in registers have no text that says all of their encoding.
+WITHOUT_TEXT = {"arpl", "lldt", "lmsw", "ltr", "nop", "verr", "verw", "xchg"}
+
+
+def test_every_mnemonic_of_the_tables_survives_text() -> None:
+    survived = set(WITHOUT_TEXT)
+    for number, form in enumerate(FORMS):
+        rng = Random(number)
+        for trial in range(24):
+            mode64 = trial % 2 == 0
+            code = encode(rng, form, mode64)
+            try:
+                insn = decode(code, mode64)
+            except (Fault, Truncated):
+                continue
+            text = disassemble(code, mode64)
+            # 66 and 48 on ENTER and far pointers in memory: the text does not show them.
+            if _comparable(insn, text) and insn.mnemonic not in ("enter", "callf", "jmpf"):
+                again = assemble(text, mode64)
+                assert meaning(decodes_to(again, mode64)) == meaning(insn), text
+                assert len(again) <= insn.length, text
+                survived.add(insn.mnemonic)
+    assert sorted(set(MNEMONICS) - survived) == ["callf", "enter", "jmpf"]
 
 
 def _comparable(insn: Insn, text: str) -> bool:
@@ -87,8 +108,12 @@ def _comparable(insn: Insn, text: str) -> bool:
     # iced-x86 writes the registers of XCHG in the other order.
     if insn.mnemonic in ("nop", "xchg"):
         return False
+    # The text says nothing of an operand size of which only 16 bits count.
+    if insn.mnemonic in ("arpl", "lldt", "ltr", "verr", "verw", "lmsw"):
+        return False
     unnamed_address = insn.has_memory and insn.asize == 4 and insn.base == insn.index
-    return not unnamed_address and ":" not in text and not text.startswith(("a32", "ds", "es", "cs", "ss", "fs", "gs"))
+    overrides = ("a32 ", "ds ", "es ", "cs ", "ss ", "fs ", "gs ")
+    return not unnamed_address and ":" not in text and not text.startswith(overrides)
 
 
 @settings(derandomize=True, deadline=None, max_examples=2000)
@@ -167,9 +192,9 @@ def test_xchg_eax_eax_is_not_nop_because_it_clears_the_upper_half() -> None:
         "mov ah, sil", "movzx r8d, ah", "mov rip, rax", "mov eax, [rip+rcx]", "mov eax, [rsp*2]", "mov eax, [rax*3]",
         "mov eax, [rax+ecx]", "mov eax, [ax]", "mov eax, [rax+rbx+rcx]", "mov eax, [cr3]", "mov [rax+0x80000000], ecx",
         "mov al, 300", "mov al, -129", "add rax, 0x80000000", "jmp 0x80000000", "mov eax, [1 << 70]",
-        "mov eax, [0x10000000000000000]", "mov cr8, rax", "mov cr1, rax",
+        "mov eax, [0x10000000000000000]", "mov cr9, rax", "mov cr1, rax",
         "mov eax, dword", "mov eax, []",
-        "lock mov [rax], ecx", "lock add eax, [rbx]", "lock inc eax", "rep inc eax", "movsd xmm0, [rax]",
+        "lock mov [rax], ecx", "lock add eax, [rbx]", "lock inc eax", "rep inc eax", "stosd xmm0, [rax]",
     ],
 )  # fmt: skip
 def test_what_has_no_encoding_is_an_error(text: str) -> None:

@@ -81,7 +81,7 @@ def everything(insn: Insn) -> tuple[object, ...]:
 
 def check_against_iced(code: bytes, mode64: bool) -> None:
     result = outcome(code, mode64)
-    decoder = iced_x86.Decoder(64 if mode64 else 32, code, ip=0)
+    decoder = iced.decoder(code, mode64)
     expected = decoder.decode()
     if expected.is_invalid:
         if result is None:
@@ -90,7 +90,7 @@ def check_against_iced(code: bytes, mode64: bool) -> None:
             assert isinstance(result, tuple)
         return
     if not iced.supported(expected):
-        assert result == UD
+        assert result == UD or (result is None and len(code) < 15)
         return
     assert isinstance(result, Insn)
     assert result.mnemonic == iced.mnemonic(expected)
@@ -100,6 +100,8 @@ def check_against_iced(code: bytes, mode64: bool) -> None:
     modulus = 1 << (8 * result.asize)
     place = (result.base, result.index, result.scale, result.displacement % modulus)
     assert (place if result.has_memory else None) == iced.memory(expected, result)
+    if result.has_memory:
+        assert result.segment == iced.segment(expected, mode64)
     if result.mnemonic in ("jcc", "setcc", "cmovcc"):
         assert result.condition == expected.condition_code - iced_x86.ConditionCode.O
 
@@ -241,7 +243,7 @@ def test_vex_with_a_register_that_the_instruction_lacks_is_undefined() -> None:
 
 
 def test_les_and_lds_are_not_vex() -> None:
-    assert outcome(bytes.fromhex("c57e7f00"), False) == UD
+    assert decoded("c57e7f", False).mnemonic == "lds"
     assert decoded("c5fe7f00", False).mnemonic == "vmovdqu"
 
 
@@ -281,9 +283,9 @@ def test_long_nop_accesses_no_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "known"), [("0f20c0", True), ("0f20c8", False), ("0f20e0", True), ("440f20c0", False)]
+    ("code", "known"), [("0f20c0", True), ("0f20c8", False), ("0f20e0", True), ("440f20c0", True), ("440f20c8", False)]
 )
-def test_control_registers_are_0_2_3_and_4(code: str, known: bool) -> None:
+def test_control_registers_are_0_2_3_4_and_8(code: str, known: bool) -> None:
     assert isinstance(outcome(bytes.fromhex(code)), Insn) == known
 
 
@@ -351,4 +353,4 @@ def test_cached_and_fresh_answers_are_equal() -> None:
     codes = [bytes([0x83, 0xC0, number & 255, number >> 8]) for number in range(5000)]
     first = [everything(decode(code, True)) for code in codes]
     assert [everything(decode(code, True)) for code in codes] == first
-    assert len(decode_module._cache) <= 4096
+    assert len(decode_module._cache64) <= 4096

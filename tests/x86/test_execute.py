@@ -7,7 +7,8 @@ from flatbus import DATA, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, FlatBus, machi
 
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.decode import decode
-from mmufuzz.x86.execute import condition, execute, read_reg, write_reg
+from mmufuzz.x86.execute import execute
+from mmufuzz.x86.execute_operands import condition, read_reg, write_reg
 from mmufuzz.x86.state import (
     FLAG_CF,
     FLAG_DF,
@@ -29,8 +30,7 @@ HOLE = 0x0000_8000_0000_0000
 
 
 def snapshot(regs: Regs) -> dict[str, object]:
-    scalars = ("rip", "rflags", "cr0", "cr2", "cr3", "cr4", "efer", "cpl", "st0")
-    return {name: getattr(regs, name) for name in scalars} | {"gpr": regs.gpr[:], "xmm": regs.xmm[:]}
+    return {"words": regs.words()}
 
 
 def faults(text: str, regs: Regs, bus: Bus, mode64: bool = True) -> Fault:

@@ -1,0 +1,142 @@
+"""Where Unicorn (QEMU's TCG) and the model differ by design: each with the section of the SDM that decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmufuzz.x86 import alu
+from mmufuzz.x86.insn import Insn
+from mmufuzz.x86.opcodes import MAP_VEX
+from mmufuzz.x86.state import FLAG_CF, Regs
+
+_NAMES = """
+movcr movdr in out ins outs hlt ud2 invlpg cpuid rdtsc rdtscp rdpid rdpmc rdmsr wrmsr xgetbv xsetbv rdpkru wrpkru
+syscall sysret sysenter sysexit swapgs clts invd wbinvd smsw lmsw sgdt sidt lgdt lidt sldt str lldt ltr lar lsl verr
+verw arpl clac stac cli sti les lds lss lfs lgs jmpf callf retf iret int int3 into int1 rdfsbase rdgsbase wrfsbase
+wrgsbase fxsave fxrstor xsave xrstor xsaveopt xsavec ldmxcsr
+"""
+CANNOT_RUN = frozenset(_NAMES.split())
+"""What these do depends on state that is not set up alike on both sides; they have tests of their own."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One entry: flags or the destination are left out of the comparison, or the instruction is not run at all.
+
+    ``right`` names the section that says who is right; it is the model everywhere here.
+    """
+
+    what: str
+    right: str
+    flags: int = 0
+    result: bool = False
+    skip: bool = False
+
+
+DIVERGENCES = {
+    "near-66": Divergence(
+        "66 before a near branch in 64-bit code makes Unicorn branch by 16 bits, as AMD's CPUs do",
+        "SDM vol. 2, JMP and vol. 1, 3.6.1: near branches have 64-bit operands (AMD differs)",
+        skip=True,
+    ),
+    "test-alias": Divergence(
+        "F6 /1 and F7 /1 are not TEST to Unicorn", "SDM vol. 2, table A-6, note 1: an alias of /0", skip=True
+    ),
+    "rex-extension": Divergence(
+        "REX.R before C6 /0, C7 /0 and 8F /0 is taken for a part of the opcode extension",
+        "SDM vol. 2, 2.2.1.2: REX.R extends ModRM.reg only where that names a register",
+        skip=True,
+    ),
+    "lahf-rex": Divergence(
+        "LAHF and SAHF with REX use SPL in the place of AH", "SDM vol. 2, LAHF: AH whatever the prefix", skip=True
+    ),
+    "ret-negative": Divergence(
+        "RET imm16 sign-extends the number of bytes to release", "SDM vol. 2, RET: an unsigned count", skip=True
+    ),
+    "lock-neg": Divergence(
+        "LOCK NEG takes the flags from the operand, not from the result", "SDM vol. 2, NEG", flags=alu.ARITHMETIC_FLAGS
+    ),
+    "prefetch-register": Divergence(
+        "0F 0D and 0F 18 with a register are undefined to Unicorn", "SDM vol. 2, table A-3: reserved NOPs", skip=True
+    ),
+    "movdiri": Divergence("Unicorn has no MOVDIRI", "SDM vol. 2, MOVDIRI", skip=True),
+    "blsi-carry": Divergence("BLSI inverts CF", "SDM vol. 2, BLSI: CF is set if the source is not zero", flags=FLAG_CF),
+    "bzhi-index": Divergence(
+        "BZHI with an index of the width or more clears the top bit, and the last valid index sets CF",
+        "SDM vol. 2, BZHI: nothing is cleared, and CF is set for an index of the width or more",
+        flags=alu.ARITHMETIC_FLAGS,
+        result=True,
+    ),
+    "bmi-32": Divergence(
+        "32-bit BEXTR, PDEP and PEXT work on the whole 64-bit registers",
+        "SDM vol. 2, BEXTR and PDEP: sources and results have the operand size",
+        flags=alu.ARITHMETIC_FLAGS,
+        result=True,
+    ),
+    "vex-register-32": Divergence(
+        "outside 64-bit code VEX.vvvv names registers that do not exist",
+        "SDM vol. 2, 2.3.5.6: its top bit is ignored there",
+        skip=True,
+    ),
+    "size-16": Divergence(
+        "MOVBE, POPCNT and CRC32 have 32-bit operands in 16-bit code, prefix or not",
+        "SDM vol. 1, 3.6.1: the default size is that of the code segment",
+        skip=True,
+    ),
+    "real-limit": Divergence(
+        "a branch beyond the limit of CS in real-address mode does not fault",
+        "SDM vol. 3, 21.1.1: #GP for an offset beyond 64 KiB",
+        skip=True,
+    ),
+    "cmpxchg-upper": Divergence(
+        "a 32-bit CMPXCHG zero-extends the register that it does not write",
+        "SDM vol. 1, 3.4.1.1 zero-extends results only, and CPUs leave the other register alone",
+        result=True,
+    ),
+}
+
+
+NEAR = frozenset(("jmp", "jcc", "call", "ret", "loop", "loope", "loopne", "jcxz"))
+LEGACY = (0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3)
+
+
+def prefixes(code: bytes, bits: int) -> tuple[bool, int]:
+    """(whether 66 stands before the opcode, the REX prefix or 0)."""
+    place = 0
+    while code[place] in LEGACY:
+        place += 1
+    rex = code[place] if bits == 64 and code[place] & 0xF0 == 0x40 else 0
+    return 0x66 in code[:place], rex
+
+
+def divergence_of(insn: Insn, code: bytes, regs: Regs, bits: int) -> str:
+    """The name of the entry that applies to ``insn``, encoded as ``code``, in state ``regs``; or ""."""
+    name = insn.mnemonic
+    operand_prefix, rex = prefixes(code, bits)
+    if bits == 16 and operand_prefix and name in NEAR:
+        return "real-limit"
+    if bits == 16 and name in ("movbe", "popcnt", "crc32"):
+        return "size-16"
+    if bits == 32 and insn.opcode_map >= MAP_VEX and not code[2] & 0x40:
+        return "vex-register-32"
+    if bits == 64 and operand_prefix and name in NEAR:
+        return "near-66"
+    if name == "test" and insn.opcode in (0xF6, 0xF7) and insn.reg_field == 1:
+        return "test-alias"
+    if rex & 4 and insn.opcode_map == 0 and insn.opcode in (0xC6, 0xC7, 0x8F):
+        return "rex-extension"
+    if rex and name in ("lahf", "sahf"):
+        return "lahf-rex"
+    if name == "ret" and insn.operands and insn.operands[0].value >= 0x8000:
+        return "ret-negative"
+    if name == "neg" and insn.lock:
+        return "lock-neg"
+    if name == "nop" and insn.opcode in (0x0D, 0x18) and insn.modrm >= 0xC0:
+        return "prefetch-register"
+    if name == "bzhi" and insn.operands[2].index >= 0 and regs.gpr[insn.operands[2].index] & 0xFF >= 8 * insn.size - 1:
+        return "bzhi-index"
+    if name in ("pdep", "pext", "bextr") and insn.size == 4 and bits == 64:
+        return "bmi-32"
+    if name == "cmpxchg" and insn.size == 4 and bits == 64:
+        return "cmpxchg-upper"
+    return {"movdiri": "movdiri", "blsi": "blsi-carry"}.get(name, "")
