@@ -20,16 +20,20 @@ from mmufuzz.litmus.model import (
     Shown,
     register,
 )
-from mmufuzz.litmus.source import Source
+from mmufuzz.litmus.source import Source, quoted
 
-_TOKEN: Final = re.compile(r"\s*(/\\|\\/|=>|==|!=|-?(?:0[xX][0-9a-fA-F]+|\d+)|[A-Za-z_]\w*|\S)")
-_NUMBER: Final = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|\d+)")
-_NAME: Final = re.compile(r"[A-Za-z_]\w*")
+_TOKEN: Final = re.compile(r"\s*(/\\|\\/|=>|==|!=|-?\d\w*|[A-Za-z_]\w*|\S)", re.ASCII)
+_NUMBER: Final = re.compile(r"-?(?:0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20})", re.ASCII)
 
 
 def number(text: str) -> int | None:
-    """A decimal or 0x number with an optional sign, else None."""
+    """A decimal or 0x number of at most 20 or 16 digits, with an optional sign; else None."""
     return int(text, 0 if "x" in text.lower() else 10) if _NUMBER.fullmatch(text) else None
+
+
+def fits(value: int, size: int) -> bool:
+    """Whether ``size`` bytes hold ``value``, signed or unsigned."""
+    return -(1 << 8 * size - 1) <= value < 1 << 8 * size
 
 
 class ConditionParser:
@@ -73,7 +77,7 @@ class ConditionParser:
 
     def _error(self, expected: str) -> CaseError:
         offset = self.tokens[self.next][1] if self.next < len(self.tokens) else len(self.source.text.rstrip())
-        found = f"'{self._peek()}'" if self._peek() else "the end of the file"
+        found = quoted(self._peek()) if self._peek() else "the end of the file"
         return self.source.error(offset, f"expected {expected}, got {found}")
 
     def _locations(self) -> list[Item]:
@@ -138,8 +142,11 @@ class ConditionParser:
             if location is None:
                 raise self._error("a number or the name of a location")
             value = location.address
+        size = self.test.shown[item].size
+        if not fits(value, size):
+            raise self._error(f"a value that fits the {size} bytes of {item}")
         self.next += 1
-        atom = Atom(item, value & (1 << 8 * self.test.shown[item].size) - 1, text)
+        atom = Atom(item, value & (1 << 8 * size) - 1, text)
         return Not(atom) if operator == "!=" else atom
 
     def _item(self) -> Item:
@@ -149,10 +156,10 @@ class ConditionParser:
                 raise self._error("']' after the name of a location")
             return item
         token = self._peek()
-        thread = token.removeprefix("P")
-        if not (thread.isascii() and thread.isdigit()):
+        thread = number(token.removeprefix("P"))
+        if thread is None:
             return self._location()
-        if int(thread) >= len(self.test.threads):
+        if not 0 <= thread < len(self.test.threads):
             raise self._error(f"a thread in 0..{len(self.test.threads) - 1}")
         self.next += 1
         if not self._skip(":"):
@@ -161,7 +168,7 @@ class ConditionParser:
         found = register(self._peek(), self.test.arch)
         if found is None:
             raise self._error(f"a register of {self.test.arch}")
-        item = Item(int(thread), self._take())
+        item = Item(thread, self._take())
         self.test.shown.setdefault(item, Shown(found.size, True))
         return item
 

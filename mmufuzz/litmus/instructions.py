@@ -9,6 +9,7 @@ from typing import Final
 from mmufuzz.case.error import CaseError
 from mmufuzz.litmus.condition import number
 from mmufuzz.litmus.model import MAX_LOCATIONS, X86, X86_64, Insn, LitmusTest, Location, Register, register
+from mmufuzz.litmus.source import quoted
 from mmufuzz.search.order_strategy import ATOMIC, FENCE, LOAD, NONE, STORE
 from mmufuzz.x86.asm import AsmError, assemble
 
@@ -95,7 +96,7 @@ class InstructionParser:
             return name, 0
         if name[:-1] in known and name[-1] in _SUFFIXES and name[:-1] not in _FENCES:
             return name[:-1], _SUFFIXES[name[-1]]
-        raise CaseError(self.place, f"{_EXPECTED}, got '{text}'")
+        raise CaseError(self.place, f"{_EXPECTED}, got {quoted(text)}")
 
     def _operand(self, text: str) -> Operand:
         value = number(text.removeprefix("$"))
@@ -104,10 +105,10 @@ class InstructionParser:
         found = register(text.removeprefix("%"), self.test.arch)
         if found is not None:
             return found
-        match = re.fullmatch(r"\[\s*(%?\w+)\s*\]|\(\s*(%?\w+)\s*\)", text)
+        match = re.fullmatch(r"\[\s*(%?[A-Za-z_]\w*)\s*\]|\(\s*(%?[A-Za-z_]\w*)\s*\)", text, re.ASCII)
         if match is None:
             expected = f"a register of {self.test.arch}, a constant, [LOCATION] or [REGISTER]"
-            raise CaseError(self.place, f"expected {expected}, got '{text}'")
+            raise CaseError(self.place, f"expected {expected}, got {quoted(text)}")
         return self._memory(match.group(1) or match.group(2))
 
     def _memory(self, name: str) -> Memory:
@@ -124,7 +125,7 @@ class InstructionParser:
     def _insn(self, mnemonic: str, size: int, operands: list[Operand], lock: bool, text: str) -> Insn:
         memory = [operand for operand in operands if isinstance(operand, Memory)]
         if len(memory) > 1:
-            raise CaseError(self.place, f"expected at most one operand in memory, got '{text}'")
+            raise CaseError(self.place, f"expected at most one operand in memory, got {quoted(text)}")
         size = self._size(size, operands, text)
         kind = NONE
         if memory:
@@ -133,7 +134,7 @@ class InstructionParser:
             elif mnemonic == "mov":
                 kind = STORE if operands[0] is memory[0] else LOAD
             elif operands[0] is memory[0]:
-                raise CaseError(self.place, f"expected LOCK before {mnemonic.upper()} of a location, got '{text}'")
+                raise CaseError(self.place, f"expected LOCK before {mnemonic.upper()} of memory, got {quoted(text)}")
             else:
                 kind = LOAD
         self._note_written(mnemonic, operands)
@@ -142,7 +143,7 @@ class InstructionParser:
         try:
             assemble(code, self.test.arch == X86_64)
         except AsmError:
-            raise CaseError(self.place, f"expected an instruction that exists, got '{text}'") from None
+            raise CaseError(self.place, f"expected an instruction that exists, got {quoted(text)}") from None
         return Insn(code, kind, memory[0].location.bit if memory else 0)
 
     def _size(self, suffix: int, operands: list[Operand], text: str) -> int:
@@ -154,7 +155,8 @@ class InstructionParser:
         size = sizes[0] if sizes else 4
         for other in sizes:
             if other != size:
-                raise CaseError(self.place, f"expected operands of one size, got {size} and {other} bytes in '{text}'")
+                found = f"{size} and {other} bytes in {quoted(text)}"
+                raise CaseError(self.place, f"expected operands of one size, got {found}")
         for location in locations:
             location.size = size
         return size

@@ -30,6 +30,8 @@ class Location:
     size: int = 0
     signed: bool = True
     initial: int = 0
+    place: str = ""
+    """File and line of the initial value."""
 
     @property
     def address(self) -> int:

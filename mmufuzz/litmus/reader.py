@@ -17,11 +17,12 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from mmufuzz.case.error import CaseError
 from mmufuzz.case.model import MAX_VCPUS
-from mmufuzz.litmus.condition import ConditionParser, number
+from mmufuzz.litmus.condition import ConditionParser, fits, number
 from mmufuzz.litmus.instructions import InstructionParser, location_named
 from mmufuzz.litmus.model import X86, X86_64, Item, LitmusTest, Shown, Thread, register
-from mmufuzz.litmus.source import Source, uncommented
+from mmufuzz.litmus.source import Source, quoted, uncommented
 
 TYPES: Final = {
     "char": Shown(1, True), "short": Shown(2, True), "int": Shown(4, True), "long": Shown(8, True),
@@ -36,8 +37,9 @@ _HEADER: Final = re.compile(r"\s*(\S+)[ \t]+(\S[^\n{]*)")
 _TAIL: Final = re.compile(r"^[ \t]*(?:(?:locations|filter|exists|forall|final|observed|not)\b|~)", re.MULTILINE)
 _ENTRY: Final = re.compile(
     r"(?:(?P<type>[A-Za-z_]\w*)\s+)?"
-    r"(?:P?(?P<thread>\d+)\s*:\s*%?(?P<register>\w+)|\[(?P<bracketed>[A-Za-z_]\w*)\]|(?P<plain>[A-Za-z_]\w*))"
-    r"(?:\s*=\s*(?P<value>-?\w+))?"
+    r"(?:P?(?P<thread>\d{1,4})\s*:\s*%?(?P<register>\w+)|\[(?P<bracketed>[A-Za-z_]\w*)\]|(?P<plain>[A-Za-z_]\w*))"
+    r"(?:\s*=\s*(?P<value>-?\w+))?",
+    re.ASCII,
 )
 
 
@@ -65,6 +67,8 @@ def read(name: str, text: str) -> LitmusTest:
             raise source.error(closing, f"expected at most {MAX_INSTRUCTIONS} instructions of P{thread}")
     for location in test.locations.values():
         location.size = location.size or 4
+        if not fits(location.initial, location.size):
+            raise CaseError(location.place, f"expected a value that fits the {location.size} bytes of {location.name}")
     ConditionParser(source, end, test).parse()
     return test
 
@@ -129,24 +133,23 @@ def _initial_state(source: Source, start: int, end: int, test: LitmusTest) -> No
 def _entry(source: Source, offset: int, text: str, test: LitmusTest) -> None:
     match = _ENTRY.fullmatch(text)
     if match is None:
-        raise source.error(
-            offset, f"expected 'LOCATION = VALUE' or 'THREAD:REGISTER = VALUE', a type before it or not, got '{text}'"
-        )
+        expected = "'LOCATION = VALUE' or 'THREAD:REGISTER = VALUE', a type before it or not"
+        raise source.error(offset, f"expected {expected}, got {quoted(text)}")
     kind = match.group("type")
     if kind is not None and kind not in TYPES:
-        raise source.error(offset, f"expected a type among {', '.join(TYPES)}, got '{kind}'")
+        raise source.error(offset, f"expected a type among {', '.join(TYPES)}, got {quoted(kind)}")
     place = source.error(offset, "").place
     written = match.group("value") or "0"
     value = number(written)
     if value is None:
-        if not re.fullmatch(r"[A-Za-z_]\w*", written):
-            raise source.error(offset, f"expected a number or a location behind '=', got '{written}'")
+        if not re.fullmatch(r"[A-Za-z_]\w*", written, re.ASCII):
+            raise source.error(offset, f"expected a number or a location behind '=', got {quoted(written)}")
         value = location_named(test, written, place).address
     if match.group("thread") is None:
         location = location_named(test, match.group("bracketed") or match.group("plain"), place)
         if kind is not None:
             location.size, location.signed = TYPES[kind].size, TYPES[kind].signed
-        location.initial = value
+        location.initial, location.place = value, place
         return
     thread = int(match.group("thread"))
     found = register(match.group("register"), test.arch)
@@ -156,4 +159,6 @@ def _entry(source: Source, offset: int, text: str, test: LitmusTest) -> None:
         raise source.error(offset, f"expected a register of {test.arch}, got '{match.group('register')}'")
     if kind is not None:
         test.shown[Item(thread, match.group("register"))] = Shown(min(found.size, TYPES[kind].size), TYPES[kind].signed)
+    if not fits(value, found.size):
+        raise source.error(offset, f"expected a value that fits the {found.size} bytes of {match.group('register')}")
     test.threads[thread].registers[found.number] = value & (1 << 8 * found.size) - 1

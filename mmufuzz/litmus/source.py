@@ -19,6 +19,12 @@ class Source:
         return CaseError(f"{self.name}:{self.text.count(chr(10), 0, offset) + 1}", expected)
 
 
+def quoted(text: str) -> str:
+    """``text`` on one line and in quotes, shortened to what fits an error."""
+    line = " ".join(text.split())
+    return f"'{line}'" if len(line) <= 60 else f"'{line[:60]}...'"
+
+
 def uncommented(name: str, text: str) -> Source:
     """``text`` with its comments, ``(* ... *)`` nested to any depth, blanked. Raises CaseError if one does not end."""
     result = []

@@ -172,6 +172,14 @@ BAD = {
     "an open parenthesis": ("X86 t\n{ x; }\n P0 ;\nexists (x=0\n", 4, "')'"),
     "text behind the condition": ("X86 t\n{ x; }\n P0 ;\nexists (x=0)\nwith a\n", 5, "the end of the condition"),
     "a filter": ("X86 t\n{ x; }\n P0 ;\nfilter (x=0)\nexists (x=0)\n", 4, "'~exists' or 'forall', got 'filter'"),
+    "a forgotten semicolon": ("X86 t\n{ x=1\n y=2; }\n P0 ;\nexists (x=0)\n", 2, "got 'x=1 y=2'"),
+    "a value that is too large": ("X86 t\n{ int8_t x=256; }\n P0 ;\nexists (x=0)\n", 2, "fits the 1 bytes of x"),
+    "a pointer in a small location": ("X86 t\n{ int8_t x=y; }\n P0 ;\nexists (x=0)\n", 2, "fits the 1 bytes of x"),
+    "a register that is too small": ("X86 t\n{ 0:AX=x; }\n P0 ;\nexists (x=0)\n", 2, "fits the 2 bytes of AX"),
+    "a comparison that cannot hold": ("X86 t\n{ x; }\n P0 ;\nexists (0:AL=256)\n", 4, "fits the 1 bytes of 0:AL"),
+    "a constant that is too large": ("X86 t\n{ }\n P0 ;\n MOV [x],$4294967296 ;\n", 4, "an instruction that exists"),
+    "a very long number": (f"X86 t\n{{ x={'9' * 5000}; }}\n P0 ;\nexists (x=0)\n", 2, "a number or a location"),
+    "a very long thread": (f"X86 t\n{{ x; }}\n P0 ;\nexists ({'9' * 5000}:EAX=0)\n", 4, "a location of the test"),
     "too many instructions": (LONG, 2, "at most 64 instructions"),
     "too many locations": (MANY, 2, "at most 32 locations"),
     "too many threads": (WIDE, 3, "at most 16 threads"),
@@ -185,6 +193,7 @@ def test_what_is_not_understood_is_refused_with_its_line(text: str, line: int, e
     assert str(error.value).startswith(f"bad.litmus:{line}: expected "), error.value
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 250
 
 
 CORPUS = sorted((Path(__file__).resolve().parents[2] / "corpus" / "litmus").glob("*.litmus"))
