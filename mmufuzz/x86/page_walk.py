@@ -176,12 +176,12 @@ def walk_tables(config: PagingConfig, root_gfn: int, gva: int, access: int, memo
         else:
             address = table | index << 2
             entry = memory.read_entry_32(address)
-        if entry < 0:
+        high = entry >> LOW_BITS
+        if high < 0:
             result.no_memory = True
             break
         trail.append(address)
         trail.append(entry)
-        high = entry >> LOW_BITS
         low = entry & LOW
         if not low & PTE_P:
             break
