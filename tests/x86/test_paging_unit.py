@@ -489,7 +489,7 @@ class Caching(RuleBasedStateMachine):
     """
 
     TABLES = {4: (ROOT, OTHER_ROOT), 3: (3, 6), 2: (4, 7), 1: (5, 8)}
-    ADDRESSES = (0, 0x1000, 0x20_0000, 0x4000_0000)
+    ADDRESSES = (0, 0x1000, 0x20_0000, 0x4000_1000)
 
     def __init__(self) -> None:
         super().__init__()
@@ -502,7 +502,8 @@ class Caching(RuleBasedStateMachine):
         self.unit.write_cr4(CR4_PAE | CR4_PCIDE | CR4_PGE)
         self.frames = 0x100
         for level, which, gva in itertools.product((4, 3, 2, 1), (0, 1), self.ADDRESSES):
-            self.write(level, which, gva, ALL, which)
+            # Every other page is global.
+            self.write(level, which, gva, GLOBAL if gva & 0x1000 and level == 1 else ALL, which)
         # When a PCID's translations, those of one page in it, all global ones, and one of these were last invalidated.
         self.context: dict[int, int] = {}
         self.page: dict[tuple[int, int], int] = {}
