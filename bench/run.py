@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mmufuzz.host.sched
+from mmufuzz.build.loader import in_use
 from mmufuzz.campaign.budget import Budget, Stop
 from mmufuzz.campaign.corpus import Corpus, load_directory
 from mmufuzz.campaign.engine_atheris import preload
@@ -146,7 +146,7 @@ def main(seconds: float) -> None:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
-        "core_build": "interpreted" if str(mmufuzz.host.sched.__file__).endswith(".py") else "compiled",
+        "core_build": in_use().kind,
         "core": core(seconds),
     }
     for name, measure in (("hypothesis", hypothesis_machine), ("atheris", lambda: atheris_targets(seconds))):

@@ -8,7 +8,7 @@ import pytest
 
 from mmufuzz.case.error import CaseError
 from mmufuzz.case.model import FLAT32, SC, Case, Expect, HostThread, Options, Slot, Vcpu
-from mmufuzz.kvm import vcpu as kvm_vcpu
+from mmufuzz.host.strategy import Strategy
 from mmufuzz.outcome import HARNESS_ERROR, OK, SUSPECT
 from mmufuzz.run import run
 from mmufuzz.x86.asm import assemble
@@ -71,13 +71,20 @@ def test_a_case_that_is_not_valid_is_refused_before_anything_runs(change: dict[s
     assert place in str(error.value)
 
 
-def test_a_failure_inside_mmufuzz_is_a_finding_about_mmufuzz(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> int:
+class Broken(Strategy):
+    """Fails where the model asks it."""
+
+    def __init__(self) -> None:
+        self.horizon = 1000
+
+    def hold(self, label: int) -> bool:
+        """Asked at every store that another thread could see late."""
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr(kvm_vcpu, "handle_exit", broken)
-    outcome = run(flat32("nop"))
+
+def test_a_failure_inside_mmufuzz_is_a_finding_about_mmufuzz() -> None:
+    outcome = run(replace(flat32("mov dword [eax], 5"), host=(HostThread(("zap_all_fast",)),)), Broken())
     assert outcome.verdict == HARNESS_ERROR
     finding = outcome.findings[0]
     assert finding.kind == HARNESS_ERROR
-    assert finding.fingerprint.startswith("ZeroDivisionError in ") and finding.fingerprint.endswith(".broken")
+    assert finding.fingerprint.startswith("ZeroDivisionError in ") and finding.fingerprint.endswith(".hold")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from mmufuzz.build.compile import BuildError, Progress, compile_core
-from mmufuzz.build.compilers import ABI, Compiler, cannot_generate, compilers
+from mmufuzz.build.compilers import ABI, Compiler, cannot_generate
 from mmufuzz.build.core import COMPILED, INSTRUMENTED, Core
 
 KEEP: Final = 8
@@ -70,17 +70,16 @@ def find(core: Core, kinds: tuple[str, ...]) -> Path | None:
     return None
 
 
-def make(core: Core, progress: Progress) -> Made:
-    """The best build that this machine can make of ``core``, from the cache if it is there.
+def make(core: Core, candidates: list[Compiler], progress: Progress) -> Made:
+    """A build of ``core`` by the first of ``candidates`` that can make one, from the cache if it is there.
 
-    Instrumented before compiled. Nothing raises but a ``KeyboardInterrupt``: a build that fails is a note.
+    Nothing raises but a ``KeyboardInterrupt``: a build that fails is a note.
     """
     notes = []
     try:
         directory = cache_directory()
     except BuildError as error:
         return Made(None, (str(error),))
-    candidates = compilers()
     if not candidates:
         notes.append("no C compiler found")
     why = cannot_generate()

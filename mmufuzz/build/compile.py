@@ -78,6 +78,18 @@ def compile_core(core: Core, compiler: Compiler, target: Path, progress: Progres
     shutil.rmtree(work)
 
 
+def write_sources(core: Core, root: Path) -> None:
+    """Write the snapshot to a tree of its own, so that nobody edits it while it is compiled."""
+    for path, data in core.files.items():
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for directory in (file.parent, *file.parent.parents):
+            if directory == root:
+                break
+            (directory / "__init__.py").touch()
+        file.write_bytes(data)
+
+
 class _Builder:
     """The steps, in the directory ``work``. C and objects go there, and whatever the compiler wants to cache."""
 
@@ -99,16 +111,9 @@ class _Builder:
         self.run(self._command(probe, instrumented=True))
 
     def generate(self) -> None:
-        """Write the snapshot to a tree of its own, so that nobody edits it meanwhile, and the C for it."""
+        """Write the sources and, with mypyc, the C for them."""
         source = self.work / "source"
-        for path, data in self.core.files.items():
-            file = source / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            for directory in (file.parent, *file.parent.parents):
-                if directory == source:
-                    break
-                (directory / "__init__.py").touch()
-            file.write_bytes(data)
+        write_sources(self.core, source)
         program = str(HERE / "generate.py")
         # Paths relative to the tree: they end up in tracebacks.
         self.run([sys.executable, program, self.core.library, str(self.work / "c"), *self.core.files], cwd=source)

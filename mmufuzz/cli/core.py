@@ -7,6 +7,7 @@ import os
 import sys
 
 from mmufuzz.build import cache, loader
+from mmufuzz.build.compilers import compilers
 from mmufuzz.build.core import COMPILED, INSTRUMENTED, PURE, snapshot
 from mmufuzz.cli.output import Output
 
@@ -14,13 +15,13 @@ from mmufuzz.cli.output import Output
 def pick_core(fuzzing: bool) -> None:
     """Use a build in the cache that was made from exactly these sources, if there is one.
 
-    Only ``fuzz`` prefers an instrumented one, and takes it although a compiled core is installed.
+    ``fuzz`` wants an instrumented one, and takes it although a compiled core is installed.
     """
     if _settled() or (loader.in_use().kind == COMPILED and not fuzzing):
         return
     with contextlib.suppress(loader.CannotLoad, OSError):
         core = snapshot()
-        kinds = (INSTRUMENTED, COMPILED) if fuzzing else (COMPILED, INSTRUMENTED)
+        kinds = (INSTRUMENTED,) if fuzzing else (COMPILED, INSTRUMENTED)
         directory = cache.find(core, kinds)
         if directory is not None:
             loader.use(directory, f"in {directory}")
@@ -44,7 +45,7 @@ def prepare_core(output: Output) -> None:
             told = True
         output.progress(f"building the core: {step}")
 
-    made = cache.make(snapshot(), progress)
+    made = cache.make(snapshot(), compilers(), progress)
     output.done()
     for note in made.notes:
         output.line(f"core not built: {note}")

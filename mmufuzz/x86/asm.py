@@ -210,6 +210,6 @@ def _mnemonic(word: str, arguments: list[Argument]) -> tuple[str, int, int]:
             if argument.kind in (CR, DR):
                 return "movcr" if argument.kind == CR else "movdr", 0, 0
     # Names of table rows that are no mnemonics of their own.
-    if word in ("jcc", "setcc", "cmovcc", "movcr", "movdr", "xlat", *_STRINGS):
+    if word in ("jcc", "setcc", "cmovcc", "movcr", "movdr", "xlat") or word in _STRINGS:
         raise AsmError(f"unknown mnemonic {word!r}")
     return word, 0, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def broken(write: Callable[[Case, str], Path]) -> Path:
     """A file with a livelock, and the expectation of it."""
     case = livelock_case()
     expect = Expect(FINDING, "livelock")
-    return write(Case(**{**vars(case), "expect": expect}), "broken.toml")
+    return write(replace(case, expect=expect), "broken.toml")
 
 
 @pytest.fixture

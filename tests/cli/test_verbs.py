@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,9 +85,7 @@ def test_explore_that_finds_something_is_1_and_writes_the_witness(mmufuzz: Run, 
 def test_reduce_writes_a_smaller_case_with_the_same_finding(mmufuzz: Run, write: Write, tmp_path: Path) -> None:
     case = livelock_case()
     (vcpu,) = case.vcpus
-    padded = Case(
-        **{**vars(case), "vcpus": (type(vcpu)(**{**vars(vcpu), "program": (b"\x90", *vcpu.program, b"\x90")}),)}
-    )
+    padded = replace(case, vcpus=(replace(vcpu, program=(b"\x90", *vcpu.program, b"\x90")),))
     answer = mmufuzz("reduce", write(padded, "long.toml"), "-o", tmp_path / "short.toml", "--json", "-")
     assert answer.status == 0
     assert answer.json["before"]["instructions"] == 3 and answer.json["after"]["instructions"] == 1
