@@ -110,6 +110,11 @@ class Campaign:
         chosen, left_out = shares(self.plan)
         for line in left_out:
             self.say(f"left out: {line}")
+        if self.plan.checkout is not None:
+            for share in chosen:
+                # All at once: a campaign has its size from the start.
+                if share.engine == "hypothesis":
+                    load_harness(self.plan.checkout, share.harness)
         with self.stop, tempfile.TemporaryDirectory(prefix="mmufuzz-") as workdir:
             weights = total = sum(share.weight for share in chosen)
             for position, share in enumerate(chosen):
