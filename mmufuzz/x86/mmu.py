@@ -7,10 +7,10 @@ EFER.NX on, vmx.c:vmx_set_cr0, update_transition_efer).
 Where the manual leaves the processor a choice, this one is made:
 
 * Cached entries are always used, however stale, as long as they permit the access.
-* A fault is never reported on the word of a cached entry alone. If a TLB entry forbids the access, or a walk
+* A fault is not reported on the word of a cached entry alone. If a TLB entry forbids the access, or a walk
   that began at a paging-structure entry fails, the walk is repeated from the root and that one
-  decides. Hardware may do so, and may also report a spurious fault once, after which SDM 4.10.4.1
-  makes the entries go: either way the second attempt sees the tables.
+  decides. Hardware may do so, and may also report a spurious fault once (``HardwareMmu.spurious``), after which
+  SDM 4.10.4.1 makes the entries go: either way the second attempt sees the tables.
 * A write through an entry without D walks from the root again, to set D.
 * A is set in each upper entry as it is passed, even if the access faults further down. In the leaf, A and D are
   set together, after the access rights were checked.
@@ -38,6 +38,8 @@ from mmufuzz.x86.paging import (
     PagingConfig,
     denial,
     fault_code,
+    key_denies,
+    permitted,
     pte_frame,
 )
 from mmufuzz.x86.state import PFERR_PRESENT, PFERR_RSVD, VECTOR_PF, Fault
@@ -86,6 +88,8 @@ class HardwareMmu:
         self.phys: Final = phys
         self.pdptes: list[int] = [0, 0, 0, 0]
         """The PDPTE registers (SDM 4.4.1); whoever loads them has checked their reserved bits."""
+        self.spurious = False
+        """Report a fault on the word of a stale entry, as hardware may after rights were raised (SDM 4.10.4.3)."""
         # Why the last attempt made no entry. Written last thing before the attempt returns and read at once: loads may
         # switch threads, and whoever runs meanwhile may fill this processor's TLB.
         self._cause = 0
@@ -98,7 +102,7 @@ class HardwareMmu:
 
         Sets A, and D for a write, by locked operations; a walk that loses to another writer of the
         entry starts over, for as long as it takes. Raises ``Fault`` (#PF, error code, ``gva``), after dropping the
-        cached entries for the address. Without paging the answer is ``gva``.
+        cached entries for the address, so that a spurious fault does not recur. Without paging the answer is ``gva``.
         """
         if not config.paging:
             return gva
@@ -107,11 +111,17 @@ class HardwareMmu:
         start: PscEntry | None = None
         if cached is None:
             start = self.tlb.psc_lookup(gva)
-        elif (cached.dirty or not access & ACCESS_WRITE) and not denial(
-            config, cached.writable, cached.user, cached.nx, cached.pkey, access
+        elif (
+            permitted(config, cached.writable, cached.user, cached.nx, access)
+            and (cached.dirty or not access & ACCESS_WRITE)
+            and not (config.pke and key_denies(config, cached.user, cached.pkey, access))
         ):
             return (cached.pfn << PAGE_SHIFT) | offset
         else:
+            cause = denial(config, cached.writable, cached.user, cached.nx, cached.pkey, access)
+            if cause and self.spurious:
+                self.tlb.invalidate_on_fault(gva)
+                raise Fault(VECTOR_PF, fault_code(config, access, cause), gva)
             self.tlb.evict(cached.vpn)
         while True:
             made: TlbEntry | None = None
@@ -124,7 +134,7 @@ class HardwareMmu:
                 return (made.pfn << PAGE_SHIFT) | offset
             if self._cause == _RACED:
                 continue
-            if start is None:
+            if start is None or self.spurious:
                 break
             start = None
         self.tlb.invalidate_on_fault(gva)

@@ -279,6 +279,34 @@ def test_stale_denial_is_checked_against_the_tables() -> None:
     assert machine.access(ACCESS_WRITE) == PAGE << 12 | 0xABC
 
 
+def test_a_spurious_fault_after_a_permission_upgrade_does_not_recur() -> None:
+    machine = Machine(pte=PTE_P | PTE_U)
+    machine.mmu.spurious = True
+    machine.access()
+    machine.phys.entries[PTE] |= PTE_W
+    assert machine.fault(ACCESS_WRITE) == P | W
+    assert machine.access(ACCESS_WRITE) == PAGE << 12 | 0xABC
+
+
+def test_a_spurious_fault_by_a_stale_pointer_does_not_recur() -> None:
+    machine = Machine()
+    machine.mmu.spurious = True
+    machine.access()
+    machine.tlb.evict(VPN)
+    machine.phys.entries[slot(5, 1)] = OTHER << 12 | ALL
+    machine.phys.entries[PDE] = 5 << 12 | ALL
+    machine.phys.entries[PTE] = 0
+    assert machine.fault() == 0
+    assert machine.access() == OTHER << 12 | 0xABC
+
+
+def test_a_write_to_a_clean_page_is_no_spurious_fault() -> None:
+    machine = Machine()
+    machine.mmu.spurious = True
+    machine.access()
+    assert machine.access(ACCESS_WRITE) == PAGE << 12 | 0xABC
+
+
 def test_denial_by_the_tables_drops_the_entry_that_denied() -> None:
     machine = Machine(pte=PTE_P | PTE_U)
     machine.access()
