@@ -531,23 +531,34 @@ class Caching(RuleBasedStateMachine):
             frame = self.TABLES[level - 1][below]
         self.phys.store(slot(self.TABLES[level][which], gva, level), frame << 12 | flags)
 
-    @rule(
-        level=st.sampled_from([1, 1, 1, 2, 3, 4]),
-        which=tables,
-        gva=addresses,
-        flags=st.sampled_from([ALL] * 5 + [PTE_P, ALL | PTE_NX, PTE_P | PTE_U, GLOBAL, GLOBAL, ALL | PTE_PS, 0]),
-        below=tables,
+    # (gva, level, flags): what changes before an operation; (kind, cpl, rflags): how it is looked at afterwards.
+    changes = st.tuples(
+        addresses,
+        st.sampled_from([1, 1, 1, 2, 3, 4]),
+        st.sampled_from(
+            [ALL] * 4 + [GLOBAL] * 3 + [PTE_P, ALL | PTE_NX, PTE_P | PTE_U, PTE_P | PTE_W, ALL | PTE_PS, 0]
+        ),
     )
-    def store(self, level: int, which: int, gva: int, flags: int, below: int) -> None:
+    looks = st.tuples(
+        st.sampled_from([ACCESS_READ, ACCESS_WRITE, ACCESS_FETCH]),
+        st.sampled_from([0, 3]),
+        st.sampled_from([2, FLAG_AC | 2]),
+    )
+
+    @rule(change=changes, which=tables, below=tables)
+    def store(self, change: tuple[int, int, int], which: int, below: int) -> None:
+        gva, level, flags = change
         self.write(level, which, gva, flags & ~PTE_PS if level in (1, 4) else flags, below)
 
-    def use_and_change(self, gva: int, level: int) -> None:
-        """Have ``gva`` cached, perhaps, and then its entries of ``level`` changed."""
-        self.access(gva, ACCESS_READ, 0, FLAG_AC | 2)
+    def use_and_change(self, change: tuple[int, int, int]) -> int:
+        """Have an address cached, perhaps, and then its entries of one level changed in both tables. The address."""
+        gva, level, _ = change
+        self.access(gva, (ACCESS_READ, 0, FLAG_AC | 2))
         for which in (0, 1):
             old = self.phys.words[slot(self.TABLES[level][which], gva, level)]
-            other = level > 1 and old >> 12 == self.TABLES[level - 1][0]
-            self.write(level, which, gva, old & 0xFFF, int(other))
+            below = level > 1 and old >> 12 == self.TABLES[level - 1][0]
+            self.store(change, which, int(below))
+        return gva
 
     @rule(gva=addresses)
     def evict(self, gva: int) -> None:
@@ -557,86 +568,87 @@ class Caching(RuleBasedStateMachine):
     def fill(self, gva: int) -> None:
         self.unit.fill(gva, ACCESS_READ, cpl=3)
 
-    levels = st.sampled_from([1, 1, 2, 3, 4])
-
-    @rule(root=tables, pcid=pcids, keep=st.booleans(), gva=addresses, level=levels)
-    def move_to_cr3(self, root: int, pcid: int, keep: bool, gva: int, level: int) -> None:
-        self.use_and_change(gva, level)
+    @rule(root=tables, pcid=pcids, keep=st.booleans(), change=changes, look=looks)
+    def move_to_cr3(
+        self, root: int, pcid: int, keep: bool, change: tuple[int, int, int], look: tuple[int, int, int]
+    ) -> None:
+        gva = self.use_and_change(change)
         if not self.unit.cr4 & CR4_PCIDE:
             pcid, keep = 0, False
         self.unit.write_cr3(self.TABLES[4][root] << 12 | pcid | (CR3_KEEP if keep else 0))
         self.roots.append((self.now(), pcid, self.TABLES[4][root]))
         if not keep:
             self.context[pcid] = self.now()
-        self.access(gva, ACCESS_READ, 0, FLAG_AC | 2)
+        self.access(gva, look)
 
-    @rule(gva=addresses, level=levels, other=addresses)
-    def invlpg(self, gva: int, level: int, other: int) -> None:
-        self.use_and_change(gva, level)
+    @rule(other=addresses, change=changes, look=looks)
+    def invlpg(self, other: int, change: tuple[int, int, int], look: tuple[int, int, int]) -> None:
+        gva = self.use_and_change(change)
         self.unit.invlpg(gva)
         self.page[self.unit.pcid, gva >> 12] = self.global_page[gva >> 12] = self.now()
-        self.access(gva, ACCESS_READ, 0, FLAG_AC | 2)
-        self.access(other, ACCESS_READ, 0, FLAG_AC | 2)
+        self.access(gva, look)
+        self.access(other, look)
 
     @precondition(lambda self: self.unit.cr4 & CR4_PCIDE)
-    @rule(gva=addresses, pcid=pcids, level=levels)
-    def invpcid_address(self, gva: int, pcid: int, level: int) -> None:
-        self.use_and_change(gva, level)
+    @rule(pcid=pcids, change=changes, look=looks)
+    def invpcid_address(self, pcid: int, change: tuple[int, int, int], look: tuple[int, int, int]) -> None:
+        gva = self.use_and_change(change)
         self.unit.invpcid(INVPCID_ADDRESS, pcid, gva)
         self.page[pcid, gva >> 12] = self.now()
-        self.access(gva, ACCESS_READ, 0, FLAG_AC | 2)
+        self.access(gva, look)
 
     @precondition(lambda self: self.unit.cr4 & CR4_PCIDE)
-    @rule(pcid=pcids, gva=addresses, level=levels)
-    def invpcid_context(self, pcid: int, gva: int, level: int) -> None:
-        self.use_and_change(gva, level)
+    @rule(pcid=pcids, change=changes, look=looks)
+    def invpcid_context(self, pcid: int, change: tuple[int, int, int], look: tuple[int, int, int]) -> None:
+        gva = self.use_and_change(change)
         self.unit.invpcid(INVPCID_CONTEXT, pcid, 0)
         self.context[pcid] = self.now()
-        self.access(gva, ACCESS_READ, 0, FLAG_AC | 2)
+        self.access(gva, look)
 
-    @rule(with_globals=st.booleans(), gva=addresses, level=levels)
-    def invpcid_all(self, with_globals: bool, gva: int, level: int) -> None:
-        self.use_and_change(gva, level)
+    @rule(with_globals=st.booleans(), change=changes, look=looks)
+    def invpcid_all(self, with_globals: bool, change: tuple[int, int, int], look: tuple[int, int, int]) -> None:
+        gva = self.use_and_change(change)
         self.unit.invpcid(INVPCID_ALL_GLOBAL if with_globals else INVPCID_ALL, 0, 0)
         self.everything(with_globals)
-        self.access(gva, ACCESS_READ, 0, FLAG_AC | 2)
+        self.access(gva, look)
 
-    @rule(bit=st.sampled_from([CR4_PGE, CR4_PGE, CR4_SMEP, CR4_SMAP]), gva=addresses, level=levels)
-    def toggle_cr4(self, bit: int, gva: int, level: int) -> None:
-        self.use_and_change(gva, level)
+    @rule(bit=st.sampled_from([CR4_PGE, CR4_PGE, CR4_SMEP, CR4_SMAP]), change=changes, look=looks)
+    def toggle_cr4(self, bit: int, change: tuple[int, int, int], look: tuple[int, int, int]) -> None:
+        gva = self.use_and_change(change)
         self.unit.write_cr4(self.unit.cr4 ^ bit)
         if bit == CR4_PGE:
             self.everything(True)
         elif bit == CR4_SMEP and self.unit.cr4 & CR4_SMEP:
             self.context[self.unit.pcid] = self.now()
-        self.access(gva, ACCESS_READ, 0, FLAG_AC | 2)
+        self.access(gva, look)
 
     @precondition(lambda self: not self.unit.cr3 & 0xFFF)
-    @rule(gva=addresses, level=levels)
-    def toggle_pcide(self, gva: int, level: int) -> None:
-        self.use_and_change(gva, level)
+    @rule(change=changes, look=looks)
+    def toggle_pcide(self, change: tuple[int, int, int], look: tuple[int, int, int]) -> None:
+        gva = self.use_and_change(change)
         cleared = self.unit.cr4 & CR4_PCIDE
         self.unit.write_cr4(self.unit.cr4 ^ CR4_PCIDE)
         if cleared:
             self.everything(True)
-        self.access(gva, ACCESS_READ, 0, FLAG_AC | 2)
+        self.access(gva, look)
 
     @rule()
     def toggle_write_protect(self) -> None:
         self.unit.write_cr0(self.unit.cr0 ^ CR0_WP)
+
+    @rule(change=changes, look=looks)
+    def change_without_invalidation(self, change: tuple[int, int, int], look: tuple[int, int, int]) -> None:
+        gva = self.use_and_change(change)
+        self.access(gva, look)
 
     def everything(self, with_globals: bool) -> None:
         self.context = {0: self.now(), 5: self.now()}
         if with_globals:
             self.globals = self.now()
 
-    @rule(
-        gva=addresses,
-        kind=st.sampled_from([ACCESS_READ, ACCESS_WRITE, ACCESS_FETCH]),
-        cpl=st.sampled_from([0, 3]),
-        flags=st.sampled_from([2, FLAG_AC | 2]),
-    )
-    def access(self, gva: int, kind: int, cpl: int, flags: int) -> None:
+    @rule(gva=addresses, look=looks)
+    def access(self, gva: int, look: tuple[int, int, int]) -> None:
+        kind, cpl, flags = look
         unit = self.unit
         registers = PagingRegisters(
             cr0=unit.cr0, cr3=unit.cr3, cr4=unit.cr4, efer=unit.efer, rflags=flags, cpl=cpl
