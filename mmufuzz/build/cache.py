@@ -80,15 +80,15 @@ def make(core: Core, candidates: list[Compiler], progress: Progress) -> Made:
         directory = cache_directory()
     except BuildError as error:
         return Made(None, (str(error),))
-    if not candidates:
-        notes.append("no C compiler found")
     why = cannot_generate()
+    if not candidates or why:
+        notes.append(why or "no C compiler found")
     for compiler in candidates:
         place = directory / f"{core.digest}-{ABI}-{compiler.kind}-{compiler.key}"
         try:
             if not place.is_dir():
                 if why:
-                    raise BuildError(why)
+                    continue
                 _make_one(core, compiler, place, progress)
             _touch(place)
             return Made(place, tuple(notes))
@@ -96,8 +96,6 @@ def make(core: Core, candidates: list[Compiler], progress: Progress) -> Made:
             notes.append(f"{compiler.name}: {error}")
         except OSError as error:
             notes.append(f"{compiler.name}: {error.filename or directory}: {error.strerror}")
-            break
-        if why:
             break
     # What an earlier run built is still right for these sources.
     return Made(find(core, (INSTRUMENTED, COMPILED)), tuple(notes))

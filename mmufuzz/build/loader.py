@@ -25,6 +25,7 @@ CORE_VARIABLE: Final = "MMUFUZZ_CORE"
 INSTALLED: Final = "installed"
 """Value of ``MMUFUZZ_CORE``: what is installed, whatever the cache holds."""
 
+SAME_SOURCES: Final = "a build of these sources"
 INSTALLED_DIRECTORY: Final = Path(__file__).resolve().parents[1] / "_core"
 """Where a wheel has its compiled core, or the reason why it has none."""
 
@@ -117,7 +118,7 @@ def choose() -> None:
     why = ""
     if wanted != INSTALLED:
         try:
-            use(Path(wanted), f"in {wanted}", snapshot().digest)
+            use(Path(wanted), SAME_SOURCES, snapshot().digest)
             return
         except (CannotLoad, OSError) as error:
             why = f"the build that {CORE_VARIABLE} names cannot be used: {error}"

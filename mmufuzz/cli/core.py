@@ -24,7 +24,7 @@ def pick_core(fuzzing: bool) -> None:
         kinds = (INSTRUMENTED,) if fuzzing else (COMPILED, INSTRUMENTED)
         directory = cache.find(core, kinds)
         if directory is not None:
-            loader.use(directory, f"in {directory}")
+            loader.use(directory, loader.SAME_SOURCES)
             # For the processes that this one starts.
             os.environ[loader.CORE_VARIABLE] = str(directory)
 
@@ -47,15 +47,16 @@ def prepare_core(output: Output) -> None:
 
     made = cache.make(snapshot(), compilers(), progress)
     output.done()
-    for note in made.notes:
-        output.line(f"core not built: {note}")
+    if made.directory is None and loader.in_use().kind == PURE:
+        loader.settle(loader.InUse(PURE, "; ".join(made.notes)))
+    else:
+        for note in made.notes:
+            output.line(f"core not built: {note}")
     if made.directory is not None:
         os.environ[loader.CORE_VARIABLE] = str(made.directory)
         _restart()
     # Whatever this process starts need not try again.
     os.environ[loader.CORE_VARIABLE] = loader.INSTALLED
-    if loader.in_use().kind == PURE:
-        loader.settle(loader.InUse(PURE, "; ".join(made.notes)))
 
 
 def _settled() -> bool:

@@ -45,6 +45,8 @@ def run(arguments: argparse.Namespace, output: Output) -> Status:
     engines = {name: missing(name, root) or "ready" for name in ENGINES}
     output.line(f"Python      {platform.python_version()} ({sys.executable})")
     output.line(f"core        {in_use().line}")
+    if in_use().directory is not None:
+        output.line(f"            in {in_use().directory}")
     for name, version in packages.items():
         output.line(f"{name:<11} {version or 'not installed'}")
     for name, state in engines.items():

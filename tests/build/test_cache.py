@@ -163,10 +163,10 @@ def test_without_mypyc_an_earlier_build_is_still_used(
 ) -> None:
     monkeypatch.setattr(cache_module, "cannot_generate", lambda: "no mypy")
     command = logging_compiler(tmp_path)
-    assert build(toy(), command).notes == ("logging-cc: no mypy",)
+    assert build(toy(), command) == cache_module.Made(None, ("no mypy",))
     place = cache / f"{toy().digest}-{cache_module.ABI}-{COMPILED}-00000000"
     place.mkdir(parents=True)
-    assert build(toy(), command) == cache_module.Made(place, ("logging-cc: no mypy",))
+    assert build(toy(), command) == cache_module.Made(place, ("no mypy",))
 
 
 def test_a_builder_that_never_ends_is_waited_for_only_so_long(

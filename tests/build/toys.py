@@ -53,7 +53,7 @@ def script(path: Path, text: str) -> str:
 
 def logging_compiler(directory: Path) -> str:
     """The system's compiler, which notes each start in the file ``log``."""
-    return script(directory / "logging-cc", f'echo "$$" >>{directory}/log\nexec {shutil.which("cc")} "$@"')
+    return script(directory / "logging-cc", f'echo "$$" >>{directory}/log\nexec {shutil.which("cc")} "$@" -O0')
 
 
 def build(core: Core, *commands: str) -> Made:
