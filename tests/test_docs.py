@@ -194,6 +194,12 @@ def test_the_exit_statuses_are_the_ones_declared() -> None:
     assert [int(row[0]) for row in rows] == sorted(status.value for status in Status)
 
 
+def test_the_page_of_litmus_tests_counts_those_of_the_corpus() -> None:
+    count = len(list((ROOT / "corpus" / "litmus").glob("*.litmus")))
+    text = (DOCS / "reference" / "litmus-tests.md").read_text()
+    assert f"of {count} |" in text and f"The {count} tests" in text
+
+
 def test_the_case_format_names_every_mode_and_flag() -> None:
     text = (DOCS / "reference" / "case-format.md").read_text()
     for name in (*MODES, *FLAGS):
