@@ -124,6 +124,14 @@ def test_random_programs_of_three_threads_end_in_exactly_the_states_of_x86_tso(
     assert stack_outcomes(programs, arch) == model_outcomes(programs)
 
 
+@pytest.mark.oracle
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.one_of(straight(2, 3), straight(3, 1)), st.sampled_from(["X86", "X86_64"]))
+def test_many_larger_programs_end_in_exactly_the_states_of_x86_tso(programs: Programs, arch: str) -> None:
+    longer = tuple((*_touch[index % 2], *program) for index, program in enumerate(programs))
+    assert stack_outcomes(longer, arch) == model_outcomes(longer)
+
+
 def test_a_load_may_and_may_not_be_forwarded_from_a_store_that_is_about_to_drain() -> None:
     own: Programs = ((store(0, 1), ld(0)), (store(0, 2), store(1, 1)))
     assert stack_outcomes(own, "X86") == model_outcomes(own)

@@ -47,6 +47,14 @@ def test_four_threads_end_in_exactly_the_states_of_x86_tso(programs: Programs, o
     assert order_outcomes(longer) == model_outcomes(longer)
 
 
+@pytest.mark.oracle
+@settings(derandomize=True, deadline=None, max_examples=800)
+@given(st.one_of(straight(2, 5), straight(3, 3), straight(4, 2)))
+def test_many_larger_programs_end_in_exactly_the_states_of_x86_tso(programs: Programs) -> None:
+    if sum(len(program) for program in programs) <= 8:
+        assert order_outcomes(programs) == model_outcomes(programs)
+
+
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(straight(3, 2), st.permutations([0, 1, 2]))
 def test_the_search_does_not_depend_on_the_numbers_of_the_threads(programs: Programs, order: list[int]) -> None:
