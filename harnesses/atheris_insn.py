@@ -18,7 +18,7 @@ from mmufuzz.case.model import FLAT32, Case, Options, Slot, Vcpu
 from mmufuzz.case.rng import Rng
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.decode import Truncated, decode
-from mmufuzz.x86.execute import execute
+from mmufuzz.x86.executor import execute
 from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.state import EFER_LMA, Fault, Regs
 

@@ -22,7 +22,7 @@ from mmufuzz.kvm.role import role_level
 from mmufuzz.kvm.structs import Vcpu
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.decode import Truncated, decode
-from mmufuzz.x86.execute import execute
+from mmufuzz.x86.executor import execute
 from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.mmu import HardwareMmu, HostPhys
 from mmufuzz.x86.paging import ACCESS_FETCH, ACCESS_USER, ACCESS_WRITE, PagingConfig

@@ -32,7 +32,7 @@ from mmufuzz.kvm.opcode_table import can_begin, can_execute
 from mmufuzz.kvm.structs import INVALID_GPA, Vcpu
 from mmufuzz.kvm.track import kvm_mmu_unprotect_gfn_and_retry, kvm_mmu_unprotect_page
 from mmufuzz.kvm.walker import gva_to_gpa
-from mmufuzz.x86.execute import execute
+from mmufuzz.x86.executor import execute
 from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.paging import ACCESS_WRITE
 from mmufuzz.x86.state import VECTOR_PF, VECTOR_UD, Fault

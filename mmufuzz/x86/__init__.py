@@ -1,5 +1,6 @@
-"""The architecture. Public: ``walk``, the reference page walk, with the types of its arguments and its answer."""
+"""The architecture. Public: ``walk``, the reference page walk, and ``execute``, which runs flat code."""
 
+from mmufuzz.x86.flat import Execution, execute
 from mmufuzz.x86.page_walk import PageTableReader, PagingRegisters, WalkResult, walk
 from mmufuzz.x86.paging import ACCESS_FETCH, ACCESS_READ, ACCESS_WRITE
 
@@ -7,8 +8,10 @@ __all__ = [
     "ACCESS_FETCH",
     "ACCESS_READ",
     "ACCESS_WRITE",
+    "Execution",
     "PageTableReader",
     "PagingRegisters",
     "WalkResult",
+    "execute",
     "walk",
 ]

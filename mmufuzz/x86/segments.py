@@ -89,14 +89,14 @@ def mark_accessed(regs: Regs, bus: Bus, descriptor: Descriptor) -> None:
 def install(regs: Regs, index: int, selector: int, base: int, limit: int, rights: int) -> None:
     """Set a segment register, hidden part and all, and what depends on it."""
     regs.segments[index] = Segment(selector, base, limit, rights)
+    if index == CS:
+        regs.compatibility = regs.efer & EFER_LMA != 0 and rights & RIGHTS_L == 0
+        regs.code16 = rights & (RIGHTS_L | RIGHTS_DB) == 0
     refresh(regs)
 
 
 def refresh(regs: Regs) -> None:
-    """Bring ``compatibility``, ``code16``, ``stack16`` and ``flat`` up to date with the segment registers."""
-    code = regs.segments[CS]
-    regs.compatibility = regs.efer & EFER_LMA != 0 and code.rights & RIGHTS_L == 0
-    regs.code16 = code.rights & (RIGHTS_L | RIGHTS_DB) == 0
+    """Bring ``stack16`` and ``flat`` up to date with the segment registers."""
     regs.stack16 = regs.segments[SS].rights & RIGHTS_DB == 0
     regs.flat = True
     for index in (ES, CS, SS, DS):

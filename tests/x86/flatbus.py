@@ -5,7 +5,7 @@ from __future__ import annotations
 from mmufuzz.x86.asm import assemble
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.decode import decode
-from mmufuzz.x86.execute import execute
+from mmufuzz.x86.executor import execute
 from mmufuzz.x86.state import EFER_LMA, VECTOR_PF, Fault, Regs
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mmufuzz.x86 import decode as decode_module
 from mmufuzz.x86.decode import FEP, Truncated, decode
-from mmufuzz.x86.execute import supported as executable
+from mmufuzz.x86.executor import supported as executable
 from mmufuzz.x86.insn import HIGH8, IMM, MEM, NO_REG, REG, REL, REP_F2, REP_F3, REP_NONE, RIP, Insn, Operand
 from mmufuzz.x86.opcodes import FORMS
 from mmufuzz.x86.state import NO_ERROR_CODE, VECTOR_GP, VECTOR_UD, Fault

@@ -7,8 +7,8 @@ from flatbus import DATA, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, FlatBus, machi
 
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.decode import decode
-from mmufuzz.x86.execute import execute
 from mmufuzz.x86.execute_operands import condition, read_reg, write_reg
+from mmufuzz.x86.executor import execute
 from mmufuzz.x86.state import (
     FLAG_CF,
     FLAG_DF,

@@ -12,7 +12,7 @@ pytest.importorskip("unicorn")
 from unicorn_divergences import CANNOT_RUN, DIVERGENCES
 from unicorn_oracle import Oracle, Walk, random_memory, sequences, usable_forms
 
-from mmufuzz.x86.execute import supported
+from mmufuzz.x86.executor import supported
 from mmufuzz.x86.opcodes import FORMS, MNEMONICS
 
 BITS = pytest.mark.parametrize("bits", [64, 32, 16])

@@ -15,8 +15,8 @@ from unicorn_divergences import CANNOT_RUN, DIVERGENCES, divergence_of
 
 from mmufuzz.x86 import alu
 from mmufuzz.x86.decode import Truncated, decode, decode16
-from mmufuzz.x86.execute import execute
 from mmufuzz.x86.execute_operands import bit_offset, effective_address
+from mmufuzz.x86.executor import execute
 from mmufuzz.x86.insn import HIGH8, MEM, REG, REP_NONE, RIP, Insn
 from mmufuzz.x86.opcodes import (
     FORMS,
@@ -32,7 +32,7 @@ from mmufuzz.x86.opcodes import (
     WIDE,
     Form,
 )
-from mmufuzz.x86.segments import refresh
+from mmufuzz.x86.segments import install
 from mmufuzz.x86.state import CR0_PE, EFER_LMA, FLAG_DF, FLAG_FIXED, MXCSR_RESET, Fault, Regs
 from mmufuzz.x86.undefined import undefined_flags, undefined_result
 
@@ -153,10 +153,8 @@ class Walk:
             regs.efer = EFER_LMA
         if self.bits == 16:
             regs.cr0 &= ~CR0_PE
-            for segment in regs.segments[:6]:
-                segment.limit = 0xFFFF
-                segment.rights &= ~0xC000
-            refresh(regs)
+            for index in range(6):
+                install(regs, index, 0, 0, 0xFFFF, regs.segments[index].rights & 0xFF)
         for index in range(16 if self.bits == 64 else 8):
             regs.gpr[index] = rng.value() if self.bits == 64 else rng.value() & 0xFFFFFFFF
             regs.xmm[index] = rng.word() << 64 | rng.word()
