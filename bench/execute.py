@@ -24,7 +24,7 @@ ORIGIN = 0x1000
 DATA = 0x8000
 # Branches are relative to the next instruction.
 LOOPS = {
-    "integer": ("add rax, rcx", "mov [rbx+8], rax", "xor rdx, [rbx+8]", "lea rsi, [rax+rdx*4]", "shr rsi, 3", "dec ecx"),
+    "integer": ("add rax, rcx", "mov [rbx+8], rax", "xor rdx, [rbx+8]", "lea rsi, [rax+rdx]", "shr rsi, 3", "inc ecx"),
     "stack and branches": ("push rax", "call 0", "pop rdx", "pop rdx", "cmp rdx, rax", "setz dl", "cmovz rsi, rax"),
     "locked": ("lock xadd [rbx], rax", "lock inc qword [rbx+8]", "bts dword [rbx+16], 5", "dec ecx"),
 }

@@ -200,6 +200,7 @@ class Machine:
         bus = self.bus
         made = Execution(regs, self.mode)
         count = 0
+        length = 0
         try:
             while count < limit:
                 if regs.rip == end:
@@ -208,7 +209,9 @@ class Machine:
                 if self.interrupts and self.interrupts[0][0] <= count and regs.rflags & FLAG_IF:
                     deliver(regs, bus, self.interrupts.pop(0)[1], NO_ERROR_CODE, regs.rip, False)
                 try:
-                    execute_insn(regs, self.fetch(), bus)
+                    insn = self.fetch()
+                    length = insn.length
+                    execute_insn(regs, insn, bus)
                 except Unsupported:
                     raise
                 except Fault as fault:
@@ -219,6 +222,7 @@ class Machine:
                 count += 1
         except Halted:
             made.stop = STOP_HALT
+            regs.rip += length
             count += 1
         except Unmapped as unmapped:
             made.stop = STOP_UNMAPPED

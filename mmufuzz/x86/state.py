@@ -153,7 +153,7 @@ class Regs:
             Segment(0, 0, 0xFFFFFFFF, 0xC09B if number == CS else 0xC093) for number in range(6)
         ]
         self.segments.append(Segment(0, 0, 0, 0x82 | RIGHTS_UNUSABLE))
-        self.segments.append(Segment(0, 0, 0xFFFF, 0x8B))
+        self.segments.append(Segment(0, 0, 0, 0x8B))
         self.gdt_base = 0
         self.gdt_limit = 0
         self.idt_base = 0

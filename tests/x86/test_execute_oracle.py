@@ -5,6 +5,8 @@ The sequences here are a slice of those that ``tox -e oracle`` runs.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("unicorn")
@@ -14,6 +16,7 @@ from unicorn_oracle import Oracle, Walk, random_memory, sequences, usable_forms
 
 from mmufuzz.x86.executor import supported
 from mmufuzz.x86.opcodes import FORMS, MNEMONICS
+from mmufuzz.x86.undefined import FLAGS
 
 BITS = pytest.mark.parametrize("bits", [64, 32, 16])
 
@@ -58,3 +61,12 @@ def test_every_decodable_mnemonic_has_a_handler() -> None:
 
 def test_the_lists_name_only_mnemonics_of_the_tables() -> None:
     assert sorted(CANNOT_RUN - set(MNEMONICS)) == []
+
+
+def test_the_documentation_lists_the_divergences_and_the_undefined_flags() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "execute.md").read_text()
+    for divergence in DIVERGENCES.values():
+        assert f"| {divergence.what} | {divergence.right} |" in text
+    table = text[text.index("| instruction | undefined |") : text.index("## Compared with Unicorn")].lower()
+    for name in FLAGS:
+        assert name in table, name

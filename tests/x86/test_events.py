@@ -1,0 +1,315 @@
+"""Segment loads, far transfers, system calls and events, run as flat code with tables in memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from mmufuzz.x86 import Execution, execute
+from mmufuzz.x86.asm import assemble
+
+GDT, IDT, TSS, STACK, HANDLER = 0x10000, 0x11000, 0x13000, 0x14000, 0x15000
+
+CODE0, DATA0, CODE3, DATA3, SMALL, READ_ONLY, ABSENT, TSS_SELECTOR, CODE0_32 = range(8, 80, 8)
+
+
+def descriptor(kind: int, dpl: int = 0, base: int = 0, limit: int = 0xFFFFF, flags: int = 0xC, present: int = 1) -> int:
+    """A descriptor; ``kind`` is S and type, ``flags`` are G, D, L and AVL."""
+    low = limit & 0xFFFF | (base & 0xFFFFFF) << 16
+    return low | (kind | dpl << 5 | present << 7) << 40 | (limit >> 16) << 48 | flags << 52 | (base >> 24) << 56
+
+
+def gate(offset: int, selector: int, kind: int = 14, dpl: int = 0, ist: int = 0, present: int = 1) -> int:
+    """An interrupt gate (type 14) or trap gate (15); in 64-bit code the rest of the offset is zero."""
+    return offset & 0xFFFF | selector << 16 | ist << 32 | (kind | dpl << 5 | present << 7) << 40 | offset >> 16 << 48
+
+
+def tables(mode: int, gates: dict[int, int]) -> dict[int, bytes]:
+    """GDT, IDT, TSS, a stack and a handler that halts."""
+    long_flags = 0xA if mode == 64 else 0xC
+    entries = [
+        0,
+        descriptor(0x1B, 0, flags=long_flags),
+        descriptor(0x13),
+        descriptor(0x1B, 3, flags=long_flags),
+        descriptor(0x13, 3),
+        descriptor(0x13, limit=0xFF, flags=4),
+        descriptor(0x11),
+        descriptor(0x13, present=0),
+        descriptor(0x9, base=TSS, limit=0x67, flags=0),
+        0 if mode == 64 else descriptor(0x1B),
+    ]
+    idt = bytearray(0x1000)
+    width = 16 if mode == 64 else 8
+    for vector, entry in gates.items():
+        idt[vector * width : vector * width + 8] = entry.to_bytes(8, "little")
+    tss = bytearray(0x68)
+    if mode == 64:
+        tss[4:12] = (STACK + 0x800).to_bytes(8, "little")
+        tss[0x24:0x2C] = (STACK + 0x400).to_bytes(8, "little")
+    else:
+        tss[4:8] = (STACK + 0x800).to_bytes(4, "little")
+        tss[8:10] = DATA0.to_bytes(2, "little")
+    gdt = b"".join(entry.to_bytes(8, "little") for entry in entries)
+    memory = {GDT: gdt.ljust(0x1000, b"\0"), IDT: bytes(idt), TSS: bytes(tss), STACK: bytes(0x1000)}
+    memory[HANDLER] = b"\xf4" * 16
+    return memory
+
+
+def run(
+    mode: int, code: bytes, gates: dict[int, int] | None = None, registers: dict[str, int] | None = None, **more: object
+) -> Execution:
+    """Run with the tables loaded, LTR and selectors set by the code where the test wants it."""
+    stack = "rsp" if mode == 64 else "esp"
+    start = {"gdt_base": GDT, "gdt_limit": 0x4F, "idt_base": IDT, stack: STACK + 0x200}
+    start["idt_limit"] = 0xFFF if gates else 0
+    start |= registers or {}
+    memory = tables(mode, gates or {}) | more.pop("memory", {})  # type: ignore[operator]  # a dict where given
+    return execute(code, mode=mode, registers=start, memory=memory, **more)  # type: ignore[arg-type]  # as given
+
+
+def asm(*lines: str, mode: int = 64) -> bytes:
+    return b"".join(assemble(line, mode == 64) for line in lines)
+
+
+def stack_words(made: Execution, size: int, count: int) -> list[int]:
+    """What lies at the top of the stack."""
+    top = made.registers["rsp" if size == 8 else "esp"] - STACK
+    memory = made.memory[STACK]
+    return [int.from_bytes(memory[at : at + size], "little") for at in range(top, top + count * size, size)]
+
+
+LOAD_CS = {64: asm("push 8", "push 0x1020") + b"\x48\xcb", 32: asm("push 8", "push 0x1020", mode=32) + b"\xcb"}
+
+
+def in_code0(mode: int, body: bytes) -> bytes:
+    """Reload CS from the GDT by a far return, then ``body``."""
+    return LOAD_CS[mode].ljust(0x20, b"\x90") + body
+
+
+MODES = pytest.mark.parametrize("mode", [64, 32])
+
+
+# Segment loads.
+
+
+@pytest.mark.parametrize(
+    ("selector", "vector", "error"),
+    [
+        (DATA0, -1, -1),
+        (CODE0, -1, -1),
+        (READ_ONLY, -1, -1),
+        (0, -1, -1),
+        (3, -1, -1),
+        (ABSENT, 11, ABSENT),
+        (TSS_SELECTOR, 13, TSS_SELECTOR),
+        (0x58, 13, 0x58),
+        (DATA0 | 3, 13, DATA0),
+        (DATA0 | 4, 13, DATA0 | 4),
+    ],
+)
+@MODES
+def test_a_data_segment_load_checks_its_descriptor(mode: int, selector: int, vector: int, error: int) -> None:
+    made = run(mode, asm(f"mov eax, {selector}", "mov ds, eax", mode=mode))
+    assert (made.vector, made.error_code) == (vector, error)
+    if vector < 0:
+        assert made.registers["ds"] == selector
+
+
+@pytest.mark.parametrize(
+    ("selector", "vector", "error"),
+    [
+        (DATA0, -1, -1),
+        (0, 13, 0),
+        (DATA3, 13, DATA3),
+        (READ_ONLY, 13, READ_ONLY),
+        (CODE0, 13, CODE0),
+        (ABSENT, 12, ABSENT),
+    ],
+)
+def test_a_stack_segment_load_wants_writable_data_of_its_privilege(selector: int, vector: int, error: int) -> None:
+    made = run(32, asm(f"mov eax, {selector}", "mov ss, eax", mode=32))
+    assert (made.vector, made.error_code) == (vector, error)
+
+
+def test_a_null_stack_selector_is_allowed_in_64_bit_code_at_cpl_0() -> None:
+    assert run(64, asm("xor eax, eax", "mov ss, eax", "push rax")).stop == "end"
+
+
+def test_an_access_through_a_null_selector_is_gp_outside_64_bit_code() -> None:
+    lines = ("xor eax, eax", "mov ds, eax", "mov ecx, [0x14000]")
+    assert (run(32, asm(*lines, mode=32)).vector, run(64, asm(*lines)).vector) == (13, -1)
+
+
+def test_limits_count_outside_64_bit_code() -> None:
+    stops = []
+    for offset in (0xFC, 0xFD):
+        made = run(32, asm(f"mov eax, {SMALL}", "mov es, eax", f"mov edi, {offset}", "stosd", mode=32))
+        stops.append((made.stop, made.vector))
+    assert stops == [("unmapped", -1), ("exception", 13)]
+
+
+def test_a_load_sets_the_accessed_bit() -> None:
+    made = run(32, asm(f"mov eax, {DATA0}", "mov ds, eax", mode=32))
+    assert made.memory[GDT][DATA0 + 5] & 1
+
+
+# Far transfers.
+
+
+@MODES
+def test_a_far_return_enters_the_code_segment(mode: int) -> None:
+    made = run(mode, in_code0(mode, b"\xf4"))
+    assert (made.stop, made.registers["cs"]) == ("halt", CODE0)
+
+
+@pytest.mark.parametrize(("selector", "vector", "error"), [(0, 13, 0), (DATA0, 13, DATA0), (0x58, 13, 0x58)])
+@MODES
+def test_a_far_return_checks_the_code_segment(mode: int, selector: int, vector: int, error: int) -> None:
+    code = asm(f"push {selector}", "push 0x1000", mode=mode) + (b"\x48\xcb" if mode == 64 else b"\xcb")
+    made = run(mode, code)
+    assert (made.vector, made.error_code) == (vector, error)
+
+
+def test_a_far_jump_and_call_in_32_bit_code() -> None:
+    jump = b"\xea" + (0x1020).to_bytes(4, "little") + CODE0.to_bytes(2, "little")
+    call = b"\x9a" + (0x1020).to_bytes(4, "little") + CODE0.to_bytes(2, "little")
+    assert run(32, jump.ljust(0x20, b"\x90") + b"\xf4").registers["cs"] == CODE0
+    made = run(32, call.ljust(0x20, b"\x90") + b"\xf4")
+    assert stack_words(made, 4, 2) == [0x1007, 0]
+
+
+# System calls.
+
+
+def wrmsr(number: int, value: int) -> bytes:
+    return asm(f"mov ecx, {number}", f"mov eax, {value & 0xFFFFFFFF}", f"mov edx, {value >> 32}", "wrmsr")
+
+
+def test_syscall_and_sysret() -> None:
+    setup = wrmsr(0xC0000080, 0x501) + wrmsr(0xC0000081, 0x13 << 48 | 8 << 32) + wrmsr(0xC0000082, HANDLER)
+    made = run(64, setup + asm("stc", "syscall"), memory={HANDLER: b"\xf4" * 16})
+    registers = made.registers
+    assert (made.stop, registers["rcx"], registers["r11"] & 1) == ("halt", 0x1000 + len(setup) + 3, 1)
+    assert (registers["cs"], registers["ss"]) == (8, 0x10)
+    back = run(64, setup + asm("syscall", "nop"), memory={HANDLER: b"\x48\x0f\x07".ljust(16, b"\xf4")})
+    assert (back.stop, back.registers["cpl"], back.registers["cs"], back.registers["ss"]) == ("end", 3, 0x23, 0x1B)
+
+
+def test_syscall_without_efer_sce_is_undefined() -> None:
+    assert run(64, asm("syscall")).vector == 6
+
+
+@MODES
+def test_sysenter(mode: int) -> None:
+    setup = b"".join(
+        asm(f"mov ecx, {number}", f"mov eax, {value}", "xor edx, edx", "wrmsr", mode=mode)
+        for number, value in ((0x174, CODE0), (0x175, STACK + 0x100), (0x176, HANDLER))
+    )
+    made = run(mode, setup + asm("sysenter", mode=mode))
+    assert (made.stop, made.registers["cs"]) == ("halt", CODE0)
+    assert made.registers["rsp" if mode == 64 else "esp"] == STACK + 0x100
+    assert run(mode, asm("sysenter", mode=mode)).vector == 13
+
+
+@pytest.mark.parametrize(
+    "line", ["hlt", "wrmsr", "lgdt [rbx]", "mov cr0, rax", "invlpg [rbx]", "clts", "wbinvd", "in al, 5"]
+)
+def test_privileged_instructions_are_gp_at_cpl_3(line: str) -> None:
+    made = run(64, asm(line), registers={"cpl": 3, "rbx": STACK})
+    assert (made.vector, made.error_code) == (13, 0)
+
+
+# Events.
+
+
+@MODES
+def test_an_interrupt_gate_saves_the_state_and_clears_if(mode: int) -> None:
+    made = run(mode, in_code0(mode, asm("sti", "int 0x30", mode=mode)), {0x30: gate(HANDLER, CODE0)})
+    assert made.stop == "halt"
+    flags = made.registers["rflags" if mode == 64 else "eflags"]
+    assert flags & 0x200 == 0
+    words = stack_words(made, mode // 8, 3)
+    assert words[0] == 0x1023
+    assert (words[1], words[2] & 0x200) == (CODE0, 0x200)
+
+
+@MODES
+def test_a_trap_gate_leaves_if_alone(mode: int) -> None:
+    made = run(mode, in_code0(mode, asm("sti", "int 0x30", mode=mode)), {0x30: gate(HANDLER, CODE0, 15)})
+    assert made.registers["rflags" if mode == 64 else "eflags"] & 0x200
+
+
+@MODES
+def test_iret_undoes_an_interrupt(mode: int) -> None:
+    back = {HANDLER: (b"\x48\xcf" if mode == 64 else b"\xcf").ljust(16, b"\xf4")}
+    made = run(mode, in_code0(mode, asm("sti", "int 0x30", mode=mode)), {0x30: gate(HANDLER, CODE0)}, memory=back)
+    assert (made.stop, made.registers["rsp" if mode == 64 else "esp"]) == ("end", STACK + 0x200)
+    assert made.registers["rflags" if mode == 64 else "eflags"] & 0x200
+
+
+@MODES
+def test_a_fault_pushes_its_error_code_and_the_instruction_itself(mode: int) -> None:
+    body = asm("mov eax, 0x58", "mov ds, eax", mode=mode)
+    made = run(mode, in_code0(mode, body), {13: gate(HANDLER, CODE0)})
+    words = stack_words(made, mode // 8, 4)
+    assert (made.stop, words[0], words[1]) == ("halt", 0x58, 0x1025)
+    # RF, so that the handler may return to the instruction.
+    assert words[3] & 1 << 16
+
+
+@MODES
+def test_a_software_interrupt_needs_the_gates_privilege(mode: int) -> None:
+    made = run(mode, asm("int 0x30", mode=mode), {0x30: gate(HANDLER, CODE0)}, {"cpl": 3})
+    # #GP has no gate either, so #GP during #GP is #DF, and that is the end.
+    assert made.stop == "shutdown"
+
+
+@MODES
+def test_an_inner_handler_runs_on_the_stack_of_the_tss(mode: int) -> None:
+    ltr = asm(f"mov eax, {TSS_SELECTOR}", "ltr ax", mode=mode)
+    down = [DATA3 | 3, STACK + 0x200, 2, CODE3 | 3, 0x1080]
+    enter = b"".join(asm(f"push {value}", mode=mode) for value in down) + (b"\x48\xcf" if mode == 64 else b"\xcf")
+    code = (ltr + enter).ljust(0x80, b"\x90") + asm("int 0x30", mode=mode)
+    made = run(mode, code, {0x30: gate(HANDLER, CODE0, dpl=3)})
+    words = stack_words(made, mode // 8, 5)
+    assert (made.stop, made.registers["cpl"]) == ("halt", 0)
+    assert [words[0], words[1], words[3], words[4]] == [0x1082, CODE3 | 3, STACK + 0x200, DATA3 | 3]
+    assert made.registers["rsp" if mode == 64 else "esp"] == STACK + 0x800 - 5 * mode // 8
+
+
+def test_an_interrupt_stack_table_entry_switches_even_at_cpl_0() -> None:
+    ltr = asm(f"mov eax, {TSS_SELECTOR}", "ltr ax")
+    code = in_code0(64, ltr + asm("int 0x30"))
+    assert run(64, code, {0x30: gate(HANDLER, CODE0, ist=1)}).registers["rsp"] == STACK + 0x400 - 40
+
+
+@MODES
+def test_a_contributory_fault_during_a_contributory_fault_is_a_double_fault(mode: int) -> None:
+    gates = {8: gate(HANDLER, CODE0), 13: gate(HANDLER, CODE0, present=0)}
+    made = run(mode, in_code0(mode, asm("mov eax, 0x58", "mov ds, eax", mode=mode)), gates)
+    assert (made.stop, stack_words(made, mode // 8, 1)) == ("halt", [0])
+
+
+@MODES
+def test_a_fault_during_a_double_fault_shuts_down(mode: int) -> None:
+    gates = {8: gate(HANDLER, CODE0, present=0), 13: gate(HANDLER, CODE0, present=0)}
+    assert run(mode, in_code0(mode, asm("mov eax, 0x58", "mov ds, eax", mode=mode)), gates).stop == "shutdown"
+
+
+@MODES
+def test_an_external_interrupt_waits_for_if(mode: int) -> None:
+    code = in_code0(mode, asm("nop", "sti", "nop", "nop", mode=mode))
+    made = run(mode, code, {0x40: gate(HANDLER, CODE0)}, interrupts={3: 0x40})
+    assert (made.stop, stack_words(made, mode // 8, 1)) == ("halt", [0x1022])
+
+
+def test_a_divide_error_in_real_address_mode_goes_through_the_vector_table() -> None:
+    ivt = (0x0100).to_bytes(2, "little") + (0x1500).to_bytes(2, "little")
+    made = execute(
+        bytes.fromhex("f6f1"),
+        mode=16,
+        registers={"esp": 0x4200, "idt_limit": 0x3FF},
+        memory={0: ivt, 0x4000: bytes(0x1000), 0x15100: b"\xf4"},
+    )
+    assert (made.stop, made.registers["cs"], made.registers["esp"]) == ("halt", 0x1500, 0x41FA)
+    assert made.memory[0x4000][0x1FA:0x1FE] == bytes.fromhex("00100000")
