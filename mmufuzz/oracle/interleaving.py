@@ -18,49 +18,54 @@ _STORES: Final = [name.endswith((".store", ".unlock")) for name in SITE_NAMES]
 _READS: Final = [name.endswith((".load", ".walk")) for name in SITE_NAMES]
 
 
+class Word:
+    """What is known of a word: ``label`` of the last access; ``address`` and ``value`` of the last plain store."""
+
+    def __init__(self) -> None:
+        self.label = 0
+        self.address = 0
+        """0 where nothing is known: what a locked operation wrote is not in the trace."""
+        self.value = 0
+
+
 def count_interleavings(trace: Trace, threads: int, counters: Counters) -> None:
     """Count the pairs of ``trace``; a run of one thread has none."""
     if threads < 2:
         return
     hits = counters.hits
     base = PAIR_BLOCK.base
-    last: dict[int, int] = {}
-    """By word: label of the last access."""
-    stored: dict[int, int] = {}
-    """By address: the value of the last plain store."""
+    words: dict[int, Word] = {}
     missed = 0
     """Bit ``first * threads + second``: the second thread missed a store of the first."""
     flat = trace.flat
     for at in range(0, len(flat), WIDTH):
         label = flat[at]
         address = flat[at + 1]
-        value = flat[at + 2]
         if address == 0 or label < 0:
             continue
-        word = address >> 3
-        before = last.get(word, 0)
-        last[word] = label
+        # One look-up a visible operation: this loop is all that the counters cost.
+        word = words.get(address >> 3)
+        if word is None:
+            word = Word()
+            words[address >> 3] = word
+        before = word.label
+        word.label = label
         site = label >> 16 & 0xFF
-        if _STORES[site]:
-            stored[address] = value
-        elif _WRITES[site] and address in stored:
-            del stored[address]  # what a locked operation wrote is not in the trace
-        if before == 0:
-            continue
+        site_before = before >> 16 & 0xFF
         thread = label >> 36
         other = before >> 36
-        if thread == other:
-            continue
-        site_before = before >> 16 & 0xFF
-        if not (_WRITES[site] or _WRITES[site_before]):
-            continue
-        index = (site_before * N_SITES + site) * 4
-        if _READS[site] and _STORES[site_before] and stored.get(address, value) != value:
-            index += 2
-            missed |= 1 << other * threads + thread
-            if missed >> thread * threads + other & 1:
-                counters.near(BOTH_MISSED)
-        if thread < other:
-            index += 1
-        index += base
-        hits[index] = hits.get(index, 0) + 1
+        if before != 0 and thread != other and (_WRITES[site] or _WRITES[site_before]):
+            index = base + (site_before * N_SITES + site) * 4
+            if _READS[site] and _STORES[site_before] and word.address == address and word.value != flat[at + 2]:
+                index += 2
+                missed |= 1 << other * threads + thread
+                if missed >> thread * threads + other & 1:
+                    counters.near(BOTH_MISSED)
+            if thread < other:
+                index += 1
+            hits[index] = hits.get(index, 0) + 1
+        if _STORES[site]:
+            word.address = address
+            word.value = flat[at + 2]
+        elif _WRITES[site]:
+            word.address = 0
