@@ -42,6 +42,8 @@ class Result:
     """Errors of mmufuzz itself."""
     crashes: list[str]
     """Harnesses that crashed, a line each."""
+    dropped: int = 0
+    """Findings of fingerprints beyond those that a campaign keeps."""
 
     @property
     def verdict(self) -> str:
@@ -134,6 +136,7 @@ class Campaign:
             self.corpus.added,
             list(self.store.errors.values()),
             self.store.crashes,
+            self.store.dropped,
         )
 
     def _share(self, share: Share, position: int, weights: int, total: int, workdir: Path) -> None:

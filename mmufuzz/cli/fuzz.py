@@ -157,6 +157,8 @@ def summarize(result: Result, coverage: dict[str, Any] | None, output: Output) -
         )
         if record.seen_in and record.seen_in != record.case:
             output.line(f"        seen before in {record.seen_in}")
+    if result.dropped:
+        output.line(f"  and {result.dropped} times something else, not kept: too many fingerprints for one campaign")
     for record in result.errors:
         output.line(f"  mmufuzz failed: {record.fingerprint} ({record.case})")
     for line in result.crashes:

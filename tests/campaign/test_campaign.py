@@ -15,7 +15,7 @@ import mmufuzz.campaign.corpus
 from mmufuzz.campaign.attribution import attributed, shown_unchanged
 from mmufuzz.campaign.budget import Budget, Stop, parse_duration
 from mmufuzz.campaign.corpus import Corpus, files, load_directory
-from mmufuzz.campaign.engine_guided import GuidedEngine
+from mmufuzz.campaign.engine_guided import RARE_SCHEDULES, SCHEDULES, GuidedEngine
 from mmufuzz.campaign.engine_random import RandomEngine
 from mmufuzz.campaign.expect import unmet
 from mmufuzz.campaign.files import InputError, write_atomic
@@ -384,3 +384,33 @@ def test_the_blind_engine_does_not_look_at_the_corpus(tmp_path: Path) -> None:
         return recorder.tally.schedules, recorder.tally.marks
 
     assert counts([]) == counts([barrier(())] * 5)
+
+
+def test_a_case_gets_more_schedules_while_its_kinds_of_races_are_rare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmufuzz.campaign.engine_guided.generate", lambda rng: barrier(()))
+    monkeypatch.setattr("mmufuzz.campaign.engine_guided.FRESH", 100)
+    recorder = Recorder(Kernel(), FindingStore(tmp_path, None), Corpus(None), Tally(), Stop(), Budget())
+    recorder.begin("guided", 1)
+    engine = GuidedEngine(recorder, 1, Budget(None, 200), lambda: None)
+    engine.run()
+    # So many while the Case's critical cycles are rare, fewer afterwards.
+    assert SCHEDULES + 1 < recorder.tally.schedules / recorder.tally.cases < RARE_SCHEDULES + 2
+    start = recorder.tally.schedules
+    kept = len(recorder.corpus.cases)
+    engine.aims.tried = dict.fromkeys(engine.aims.tried, 10**6)
+    engine.budget = Budget(None, 300)
+    engine.run()
+    # Starting points get one schedule besides their own.
+    assert recorder.tally.schedules - start == 2 * kept + (100 - kept) * (SCHEDULES + 1)
+
+
+def test_the_seed_decides_what_the_guided_engine_does(tmp_path: Path) -> None:
+    def campaign(seed: int, name: str) -> tuple[int, dict[str, int], bytes]:
+        work = Recorder(Kernel(), FindingStore(tmp_path / name, None), Corpus(None), Tally(), Stop(), Budget())
+        work.begin("guided", seed)
+        GuidedEngine(work, seed, Budget(None, 15), lambda: None).run()
+        return work.tally.schedules, work.tally.marks, bytes(work.corpus.reached.buckets)
+
+    assert campaign(1, "one") == campaign(1, "two") != campaign(2, "three")
