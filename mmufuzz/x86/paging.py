@@ -13,8 +13,8 @@ level  mode            entries  pages
 =====  ==============  =======  ====================================================================
 
 Functions that take no configuration (``table_index``, ``entry_address``, ``is_leaf``, ``leaf_frame``) speak of
-8-byte entries; the methods of ``PagingConfig`` by the same names of any mode. How a walk puts them together is
-in ``page_walk``.
+8-byte entries; the methods of ``PagingConfig`` by the same names, of entries of its mode. How a walk puts them
+together is in ``page_walk``.
 """
 
 from __future__ import annotations
@@ -191,20 +191,12 @@ class PagingConfig:
             return (table_frame << PAGE_SHIFT) | (table_index(gva, level) << 3)
         return (table_frame << PAGE_SHIFT) | ((gva >> (2 + 10 * level)) & 1023) << 2
 
-    def is_leaf(self, level: int, entry: int) -> bool:
-        """True if a present entry of ``level`` maps a page."""
-        return level == 1 or (entry & PTE_PS != 0 and self.maps_page[level])
-
     def leaf_frame(self, level: int, entry: int, gva: int) -> int:
         """Number of the 4K frame that holds ``gva``, given the leaf ``entry`` of ``level``."""
         if self.wide or level == 1:
             return leaf_frame(level, entry, gva)
         # A 4M page: bits 13..20 are bits 32..39 of the address (SDM table 4-4).
         return (entry >> 22 & 0x3FF) << 10 | (entry >> 13 & 0xFF) << 20 | (gva >> PAGE_SHIFT & 0x3FF)
-
-    def page_shift(self, level: int) -> int:
-        """Log2 of the size in bytes of a page that a leaf of ``level`` maps."""
-        return PAGE_SHIFT + self.index_bits * (level - 1)
 
 
 

@@ -250,6 +250,42 @@ def test_lost_race_never_caches_the_value_that_lost() -> None:
     assert machine.tlb.lookup(VPN) is None
 
 
+class Halves(HostPhys):
+    """One word, and what another processor writes there before the first locked operations on it."""
+
+    def __init__(self, word: int, interference: list[int]) -> None:
+        self.word = word
+        self.interference = interference
+
+    def load_entry(self, hpa: int) -> int:
+        return self.word
+
+    def set_entry_bits(self, hpa: int, expected: int, bits: int) -> bool:
+        if self.interference:
+            self.word = self.interference.pop(0)
+        if self.word != expected:
+            return False
+        self.word |= bits
+        return True
+
+
+@pytest.mark.parametrize("hpa", [0x1000, 0x1004])
+def test_a_write_to_the_other_half_of_the_word_is_no_race(hpa: int) -> None:
+    shift = (hpa & 4) * 8
+    other = 0x1234_5678 << (32 - shift)
+    phys = Halves(0x7007 << shift, [0x7007 << shift | other])
+    assert phys.set_entry_bits_32(hpa, 0x7007, PTE_A)
+    assert phys.word == 0x7027 << shift | other
+
+
+@pytest.mark.parametrize("hpa", [0x1000, 0x1004])
+def test_a_write_to_the_entry_itself_is_one(hpa: int) -> None:
+    shift = (hpa & 4) * 8
+    phys = Halves(0x7007 << shift, [0x8007 << shift])
+    assert not phys.set_entry_bits_32(hpa, 0x7007, PTE_A)
+    assert phys.word == 0x8007 << shift
+
+
 # Faults and staleness.
 
 P, W, U, RSVD, I = PFERR_PRESENT, PFERR_WRITE, PFERR_USER, PFERR_RSVD, PFERR_FETCH  # noqa: E741
