@@ -57,8 +57,10 @@ def canonical_state(kvm: Kvm, changed: list[int]) -> tuple[int, ...]:
     state: list[int] = [len(changed)]
     for address in changed:
         state.append(words.get(address >> 3, 0))
-    for name in (kvm.indirect_shadow_pages, kvm.mmu_valid_gen_address, kvm.mmu_lock.address, kvm.slots_lock.address):
-        state.append(words.get(name >> 3, 0))
+    state.append(words.get(kvm.indirect_shadow_pages >> 3, 0))
+    state.append(words.get(kvm.mmu_valid_gen_address >> 3, 0))
+    state.append(words.get(kvm.mmu_lock.address >> 3, 0))
+    state.append(words.get(kvm.slots_lock.address >> 3, 0))
     state.append(kvm.mmu_valid_gen)
     state.append(kvm.n_used_mmu_pages)
     state.append(len(kvm.active_mmu_pages))
@@ -96,20 +98,17 @@ def _add_page(state: list[int], kvm: Kvm, sp: ShadowPage, names: Names) -> None:
 def _add_vcpu(state: list[int], vcpu: Vcpu, names: Names) -> None:
     words = vcpu.kvm.memory.words
     _add_registers(state, vcpu.regs)
-    for address in (vcpu.mode_address, vcpu.requests_address, vcpu.ipi_address):
-        state.append(words.get(address >> 3, 0))
+    state.append(words.get(vcpu.mode_address >> 3, 0))
+    state.append(words.get(vcpu.requests_address >> 3, 0))
+    state.append(words.get(vcpu.ipi_address >> 3, 0))
     state.append(vcpu.irqs_disabled | vcpu.instruction_done << 1 | vcpu.skip_step << 2 | vcpu.finished << 3)
     state.append(vcpu.last_retry_eip)
     state.append(vcpu.last_retry_addr)
     state.append(vcpu.mmio_gfn)
     state.append(vcpu.mmio_gva)
     state.append(vcpu.mmio_access)
-    for queued in (vcpu.pending_fault, vcpu.pending_exception):
-        if queued is None:
-            state.append(-1)
-        else:
-            state.append(queued[0])
-            state.append(queued[1])
+    _add_queued(state, vcpu.pending_fault)
+    _add_queued(state, vcpu.pending_exception)
     mmu = vcpu.mmu
     state.append(names.frame(mmu.root_pfn))
     state.append(mmu.cpu_role)
@@ -131,6 +130,14 @@ def _add_vcpu(state: list[int], vcpu: Vcpu, names: Names) -> None:
         state.append(names.frame(table[2]))
         state.append(table[3])
     state.append(-1)
+
+
+def _add_queued(state: list[int], queued: tuple[int, int] | None) -> None:
+    if queued is None:
+        state.append(-1)
+    else:
+        state.append(queued[0])
+        state.append(queued[1])
 
 
 def _add_registers(state: list[int], regs: Regs) -> None:

@@ -89,14 +89,16 @@ class PageCache:
 
     def drop_page(self, vpn: int) -> None:
         """Drop the entry for ``vpn``, and all pieces of a large page that has ``vpn`` in it."""
-        self.pages.pop(vpn, None)
+        if vpn in self.pages:
+            del self.pages[vpn]
         if self.has_large:
             for other in [entry.vpn for entry in self.pages.values() if entry.vpn >> entry.order == vpn >> entry.order]:
                 del self.pages[other]
 
     def clear(self) -> None:
         """Drop everything."""
-        self.pages = {}
+        if self.pages:
+            self.pages = {}
         self.has_large = False
 
 
@@ -119,21 +121,28 @@ class Tlb:
 
     def insert(self, entry: TlbEntry) -> None:
         """Add ``entry``, in place of any other for the same page."""
+        other = self._own if entry.is_global else self._global
+        if entry.vpn in other.pages:
+            del other.pages[entry.vpn]
         if entry.is_global:
-            self._own.pages.pop(entry.vpn, None)
             self._global.insert(entry)
         else:
-            self._global.pages.pop(entry.vpn, None)
             self._own.insert(entry)
 
     def entries(self) -> list[TlbEntry]:
         """All page entries, global ones last, each kind in the order in which its pages first entered."""
-        return [*self._own.pages.values(), *self._global.pages.values()]
+        found = list(self._own.pages.values())
+        if self._global.pages:
+            found.extend(self._global.pages.values())
+        return found
 
     def evict(self, vpn: int) -> bool:
         """Drop the entry for ``vpn`` as for want of room; nothing else goes. True if there was one."""
-        own = self._own.pages.pop(vpn, None)
-        return self._global.pages.pop(vpn, None) is not None or own is not None
+        for cache in (self._own, self._global):
+            if vpn in cache.pages:
+                del cache.pages[vpn]
+                return True
+        return False
 
     def invalidate(self, vpn: int) -> None:
         """INVLPG: drop the entries for the page of ``vpn``, global or not, and every paging-structure entry.
@@ -178,7 +187,12 @@ class Tlb:
 
     def psc_evict(self, gva: int, level: int) -> bool:
         """Drop the entry of ``level`` that covers ``gva`` as for want of room. True if there was one."""
-        return self._psc[level].pop(psc_key(gva, level), None) is not None
+        key = psc_key(gva, level)
+        entries = self._psc[level]
+        if key not in entries:
+            return False
+        del entries[key]
+        return True
 
     def canonical(self) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
         """All contents, sorted and hashable: equal for two TLBs that hold the same, however they came to it.
@@ -194,18 +208,20 @@ class Tlb:
         pages.sort()
         tables: list[tuple[int, ...]] = []
         for level in range(1, PSC_LEVELS + 1):
-            for key, table in self._psc[level].items():
-                tables.append((level, key, table.table_pfn, _rights(table.writable, table.user, table.nx)))
+            if self._psc[level]:
+                for key, table in self._psc[level].items():
+                    tables.append((level, key, table.table_pfn, _rights(table.writable, table.user, table.nx)))
         tables.sort()
         return tuple(pages), tuple(tables)
 
     def _psc_drop(self, gva: int) -> None:
         for level in range(1, PSC_LEVELS + 1):
-            self._psc[level].pop(psc_key(gva, level), None)
+            self.psc_evict(gva, level)
 
     def _psc_clear(self) -> None:
         for level in range(1, PSC_LEVELS + 1):
-            self._psc[level].clear()
+            if self._psc[level]:
+                self._psc[level] = {}
 
 
 def _rights(writable: bool, user: bool, nx: bool) -> int:
