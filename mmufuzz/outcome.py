@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 from mmufuzz.host.deviation import Deviation
 from mmufuzz.host.memory import GUEST_FRAMES, PAGE_SHIFT
 from mmufuzz.host.trace import Trace
@@ -51,6 +53,15 @@ class GuestView:
         return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Reached:
+    """What a run reached, for those who ask."""
+
+    def counters(self) -> dict[int, int]:
+        """``kvm.counters``: index to count, of those that were hit."""
+        return {}
+
+
 class Outcome:
     """The result of ``run(case)``; equal Cases give equal Outcomes.
 
@@ -58,7 +69,7 @@ class Outcome:
     often each named point of the model was passed. ``guest``: digest of what the guest can see at the end (registers,
     memory, faults, exits to userspace). ``instructions``: guest instructions retired. ``exits``: VM exits by reason.
     ``locks``: acquisitions by lock name. ``period``: for a livelock, indices into ``trace`` (start, end) of one
-    period. What most callers never look at (``guest``, ``trace``, ``notes``) is made when it is asked for.
+    period. What most callers never look at (``counters``, ``guest``, ``trace``, ``notes``) is made for those who ask.
     """
 
     def __init__(self) -> None:
@@ -66,8 +77,6 @@ class Outcome:
         self.findings: list[Finding] = []
         self.schedule: tuple[Deviation, ...] = ()
         self.marks: dict[str, int] = {}
-        self.counters: dict[int, int] = {}
-        """``kvm.counters``: index to count, of those that were hit."""
         self.registers: tuple[tuple[int, ...], ...] = ()
         """General-purpose registers at the end, by vCPU and encoding number."""
         self.words: dict[int, int] = {}
@@ -81,9 +90,18 @@ class Outcome:
         self.period: tuple[int, int] = (0, 0)
         self.record = Trace()
         self.view: GuestView | None = None
+        self.reached = Reached()
+        self._counters: dict[int, int] | None = None
         self._guest = ""
         self._trace: list[tuple[int, int, int]] | None = None
         self._notes: list[str] | None = None
+
+    @property
+    def counters(self) -> dict[int, int]:
+        """``Reached.counters``."""
+        if self._counters is None:
+            self._counters = self.reached.counters()
+        return self._counters
 
     @property
     def guest(self) -> str:

@@ -9,14 +9,14 @@ from mmufuzz.host.deviation import EVICT, FILL
 from mmufuzz.host.memory import Memory, MemoryWatcher
 from mmufuzz.host.sched import DEADLOCK, EVENT_LIMIT, BoundaryWatcher, Host, RunStop
 from mmufuzz.host.strategy import Strategy
-from mmufuzz.kvm.counters import HALF_SPENT
+from mmufuzz.kvm.counters import HALF_SPENT, Counters
 from mmufuzz.kvm.marks import MARKS
 from mmufuzz.kvm.observer import Observer
 from mmufuzz.kvm.structs import Kvm
 from mmufuzz.kvm.vm import build
 from mmufuzz.oracle.interleaving import count_interleavings
 from mmufuzz.oracle.oracles import Oracles
-from mmufuzz.outcome import FINDING, HARNESS_ERROR, OK, SUSPECT, Finding, GuestView, Outcome
+from mmufuzz.outcome import FINDING, HARNESS_ERROR, OK, SUSPECT, Finding, GuestView, Outcome, Reached
 
 
 def run(case: Case, strategy: Strategy | None = None, track: bool = False) -> Outcome:
@@ -64,6 +64,23 @@ def _place(error: BaseException) -> str:
     return place
 
 
+class _Reached(Reached):
+    """The counters that the model hit, and those that follow from the rest of the outcome."""
+
+    def __init__(self, hit: Counters, outcome: Outcome) -> None:
+        self.hit = hit
+        self.marks = outcome.marks
+        self.exits = outcome.exits
+        self.record = outcome.record
+        self.threads = len(outcome.threads)
+
+    def counters(self) -> dict[int, int]:
+        """See ``Reached``."""
+        self.hit.add_names(self.marks, self.exits)
+        count_interleavings(self.record, self.threads, self.hit)
+        return self.hit.hits
+
+
 def _fill(outcome: Outcome, case: Case, host: Host, kvm: Kvm, oracles: Oracles) -> None:
     outcome.findings = oracles.findings
     if host.status == EVENT_LIMIT and not oracles.findings:
@@ -83,11 +100,9 @@ def _fill(outcome: Outcome, case: Case, host: Host, kvm: Kvm, oracles: Oracles) 
     outcome.threads = tuple(thread.name for thread in host.threads)
     outcome.record = host.trace
     outcome.period = oracles.period
-    kvm.counters.add_names(kvm.marks, kvm.exits)
     if host.events * 2 > host.event_limit:
         kvm.counters.near(HALF_SPENT)
-    count_interleavings(host.trace, len(host.threads), kvm.counters)
-    outcome.counters = kvm.counters.hits
+    outcome.reached = _Reached(kvm.counters, outcome)
     outcome.registers = tuple([tuple(vcpu.regs.gpr) for vcpu in kvm.vcpus])
     outcome.words = host.memory.words
     outcome.view = _guest_view(host, kvm)

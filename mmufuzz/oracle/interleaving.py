@@ -37,7 +37,7 @@ def count_interleavings(trace: Trace, threads: int, counters: Counters) -> None:
     words: dict[int, Word] = {}
     missed = 0
     """Bit ``first * threads + second``: the second thread missed a store of the first."""
-    flat = trace.flat
+    flat = trace.flat()
     for at in range(0, len(flat), WIDTH):
         label = flat[at]
         address = flat[at + 1]
