@@ -13,7 +13,7 @@ from mmufuzz.campaign.budget import Budget, Stop
 from mmufuzz.campaign.corpus import CASE_HARNESS, OWN, Corpus, load_directory, load_harness_cases
 from mmufuzz.campaign.engine_atheris import run_atheris
 from mmufuzz.campaign.engine_guided import GuidedEngine
-from mmufuzz.campaign.engine_hypothesis import load_harness, run_batches
+from mmufuzz.campaign.engine_process import harness_command, run_harness
 from mmufuzz.campaign.engine_random import RandomEngine
 from mmufuzz.campaign.files import sweep
 from mmufuzz.campaign.findings import FindingStore, Record
@@ -112,11 +112,6 @@ class Campaign:
         chosen, left_out = shares(self.plan)
         for line in left_out:
             self.say(f"left out: {line}")
-        if self.plan.checkout is not None:
-            for share in chosen:
-                # All at once: a campaign has its size from the start.
-                if share.engine == "hypothesis":
-                    load_harness(self.plan.checkout, share.harness)
         with self.stop, tempfile.TemporaryDirectory(prefix="mmufuzz-") as workdir:
             weights = total = sum(share.weight for share in chosen)
             for position, share in enumerate(chosen):
@@ -158,8 +153,10 @@ class Campaign:
         elif self.plan.checkout is not None:
             harness = self.plan.checkout / "harnesses" / f"{share.harness}.py"
             if share.engine == "hypothesis":
-                batch = load_harness(self.plan.checkout, share.harness).batch
-                run_batches(batch, recorder, seed, budget, self._tick)
+                # In a process of its own: what Hypothesis takes of memory goes with it.
+                command = harness_command(harness, recorder, seed, budget)
+                command += ["--keep", str(self.plan.corpus / OWN)]
+                run_harness(harness, command, recorder, budget, self._tick, workdir, lambda: None)
             else:
                 run_atheris(harness, recorder, seed, budget, self._tick, workdir, self.plan.corpus)
         self.tally.engine(share.name).seconds += budget.elapsed

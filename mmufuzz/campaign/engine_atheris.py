@@ -7,17 +7,13 @@ which whole files are taken over: a process killed at any moment leaves no torn 
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from mmufuzz.campaign.budget import PARENT, Budget
+from mmufuzz.campaign.budget import Budget
 from mmufuzz.campaign.corpus import CASE_HARNESS, OWN, SUFFIX
+from mmufuzz.campaign.engine_process import GRACE_SECONDS, HARNESS_FAILED, harness_command, run_harness
 from mmufuzz.campaign.files import writable_directory
 from mmufuzz.campaign.kernel import Kernel
 from mmufuzz.campaign.minimal import minimal, unit_of
@@ -25,18 +21,10 @@ from mmufuzz.campaign.recorder import Recorder
 from mmufuzz.campaign.units import load_units, take_over
 from mmufuzz.case import bytes as case_bytes
 
-GRACE_SECONDS: Final = 10.0
-"""How long past its time the process may take to save before it is killed."""
-
-TAKE_OVER_SECONDS: Final = 1.0
-"""Between two looks at what libFuzzer has found."""
-
 MERGE_SECONDS: Final = 10.0
 """For the merge into a minimal corpus at the end; one that takes longer is left to ``mmufuzz corpus merge``."""
 
 MAX_LEN: Final = 4096
-
-HARNESS_FAILED: Final = 70
 
 CUSTOM: Final = ("atheris.custom_mutator", "atheris.custom_crossover")
 
@@ -90,45 +78,19 @@ def run_atheris(
     """Run ``harness`` for the rest of ``budget``; take over its sums and findings, also if it ends early.
 
     It starts from its seeds in the checkout, its own directory in ``corpus``, and, if it takes Cases, those kept there;
-    what it adds goes to its own directory, which is then merged into a minimal one. Findings are already saved by the
-    harness process when this sees them.
+    what it adds goes to its own directory, which is then merged into a minimal one.
     """
     own = writable_directory(corpus / harness.stem)
     units = workdir / f"{harness.stem}.units"
     units.mkdir()
     take_over(own, units)
-    report = workdir / f"{harness.stem}.json"
-    log = workdir / f"{harness.stem}.log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            _command(harness, recorder, seed, budget, report, units, corpus),
-            stdout=stream,
-            stderr=stream,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            env={**os.environ, PARENT: str(os.getpid())},
-        )
-        try:
-            ended = _wait(process, recorder, budget, tick, lambda: take_over(units, own))
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(GRACE_SECONDS)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-            take_over(units, own)
-    crashes = len(recorder.store.crashes)
-    _take_over_report(report, recorder)
-    if ended and process.returncode not in (0, 1):
-        last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
-        recorder.share.note = f"{harness.name} ended with status {process.returncode}: {last[0][:200]}"
-        explained = len(recorder.store.crashes) > crashes or recorder.store.errors
-        if process.returncode != HARNESS_FAILED or not explained:
-            recorder.store.crashes.append(recorder.share.note)
-    elif harness.stem == CASE_HARNESS:
-        minimize(own, recorder.kernel, Budget(MERGE_SECONDS), lambda: recorder.stop.requested)
+    command = harness_command(harness, recorder, seed, budget)
+    for directory in (_with_kept_cases(units, harness, corpus), harness.parents[1] / "corpus" / "seeds" / harness.stem):
+        if directory.is_dir():
+            command += ["--corpus", str(directory)]
+    if run_harness(harness, command, recorder, budget, tick, workdir, lambda: take_over(units, own)):
+        if harness.stem == CASE_HARNESS:
+            minimize(own, recorder.kernel, Budget(MERGE_SECONDS), lambda: recorder.stop.requested)
 
 
 def minimize(own: Path, kernel: Kernel, patience: Budget, stopped: Callable[[], bool]) -> int:
@@ -151,59 +113,10 @@ def minimize(own: Path, kernel: Kernel, patience: Budget, stopped: Callable[[], 
     return len(found) - len(kept)
 
 
-def _command(
-    harness: Path, recorder: Recorder, seed: int, budget: Budget, report: Path, units: Path, corpus: Path
-) -> list[str]:
-    command = [sys.executable, str(harness), "--report", str(report), "--seed", str(seed)]
-    command += ["--kernel", recorder.kernel.name, "--findings", str(recorder.store.directory)]
-    for name in recorder.kernel.revert:
-        command += ["--revert", name]
-    for name in recorder.kernel.apply:
-        command += ["--apply", name]
+def _with_kept_cases(units: Path, harness: Path, corpus: Path) -> Path:
+    """``units``, to which, for a harness that takes Cases, those kept by other engines are copied."""
     if harness.stem == CASE_HARNESS and (corpus / OWN).is_dir():
         for path in sorted((corpus / OWN).glob(f"*{SUFFIX}")):
             if not path.name.startswith("."):
                 (units / path.name).write_bytes(path.read_bytes())
-    command += ["--corpus", str(units)]
-    seeds = harness.parents[1] / "corpus" / "seeds" / harness.stem
-    if seeds.is_dir():
-        command += ["--corpus", str(seeds)]
-    if budget.cases is not None:
-        return [*command, "--cases", str(budget.cases)]
-    return [*command, "--time", f"{max(budget.left, 1.0):.1f}s"]
-
-
-def _wait(
-    process: subprocess.Popen[bytes],
-    recorder: Recorder,
-    budget: Budget,
-    tick: Callable[[], None],
-    look: Callable[[], object],
-) -> bool:
-    """True once the process has ended by itself; False when it has to be stopped. ``look`` is called now and then."""
-    looked = time.monotonic()
-    while process.poll() is None:
-        tick()
-        if recorder.stop.requested or budget.left < -GRACE_SECONDS:
-            return False
-        if time.monotonic() - looked > TAKE_OVER_SECONDS:
-            look()
-            looked = time.monotonic()
-        time.sleep(0.1)
-    return True
-
-
-def _take_over_report(report: Path, recorder: Recorder) -> None:
-    """Add the sums and findings in ``report``, if the harness got as far as writing one."""
-    try:
-        fields: dict[str, Any] = json.loads(report.read_text())
-    except (OSError, ValueError):
-        recorder.share.note = "the harness left no report"
-        return
-    # The harness has one engine; its seconds are counted by whoever started it.
-    (share,) = fields["tally"]["engines"].values()
-    recorder.tally.absorb({**fields["tally"], "engines": {recorder.engine: {**share, "seconds": 0.0}}})
-    recorder.corpus.reached.absorb(fields["reached"])
-    for finding in fields["findings"] + fields["harness_errors"]:
-        recorder.store.merge(finding)
-    recorder.store.crashes += fields["crashes"]
+    return units

@@ -58,6 +58,7 @@ class Session:
         fields = {
             "tally": self.recorder.tally.as_json(),
             "reached": self.recorder.corpus.reached.as_json(),
+            "kept": self.recorder.corpus.added,
             "findings": [record.as_json() for record in self.recorder.store.records.values()],
             "harness_errors": [record.as_json() for record in self.recorder.store.errors.values()],
             "crashes": self.recorder.store.crashes,
@@ -99,6 +100,7 @@ def session(name: str, arguments: list[str]) -> Session:
     parser.add_argument("--apply", action="append", default=[])
     parser.add_argument("--findings", default="findings")
     parser.add_argument("--corpus", type=Path, action="append", default=[])
+    parser.add_argument("--keep", type=Path, help="directory for Cases that reach something new")
     parser.add_argument("--report", help="JSON for the process that started this one")
     given = parser.parse_args(arguments)
     seconds = given.time if given.time or given.cases else DEFAULT_SECONDS
@@ -107,7 +109,7 @@ def session(name: str, arguments: list[str]) -> Session:
     root = checkout()
     store = FindingStore(Path(given.findings), root / "corpus" if root is not None else None)
     budget = Budget(seconds, given.cases)
-    recorder = Recorder(kernel, store, Corpus(None), Tally(), Stop(), budget)
+    recorder = Recorder(kernel, store, Corpus(given.keep), Tally(), Stop(), budget)
     recorder.begin(name, given.seed)
     recorder.campaign_seed = given.seed
     report = Path(given.report) if given.report else None
