@@ -19,6 +19,7 @@ RANKS = {
     "build": 5,
     "campaign": 6,
     "litmus": 6,
+    "vectors": 6,
     "report": 6,
     "cli": 7,
 }

@@ -30,6 +30,9 @@ _NOT_ARITHMETIC: Final = ~ARITHMETIC_FLAGS
 _NOT_CF: Final = ~FLAG_CF
 _NOT_OF_CF: Final = ~(FLAG_OF | FLAG_CF)
 
+SHORT: Final = 1 << 62
+"""Non-negative numbers below this need no mask in 64 bits, and compiled code keeps them unboxed."""
+
 # Indexed by the operand size in bytes; sizes that do not occur are 0.
 _MASKS: Final[list[int]] = [0, 0xFF, 0xFFFF, 0, 0xFFFFFFFF, 0, 0, 0, 0xFFFFFFFFFFFFFFFF]
 
@@ -77,11 +80,11 @@ def adc(size: int, a: int, b: int, flags: int) -> tuple[int, int]:
 
 def _add_carry(size: int, a: int, b: int, carry: int, flags: int) -> tuple[int, int]:
     total = a + b + carry
-    result = total & _MASKS[size]
+    result = total if total < SHORT and size == 8 else total & _MASKS[size]
     new = flags & _NOT_ARITHMETIC | result_flags(size, result) | (a ^ b ^ result) & FLAG_AF
     if total != result:
         new |= FLAG_CF
-    if (a ^ result) & (b ^ result) & 1 << (8 * size - 1):
+    if ((a ^ result) & (b ^ result)) >> (8 * size - 1):
         new |= FLAG_OF
     return result, new
 
@@ -102,11 +105,13 @@ def cmp(size: int, a: int, b: int, flags: int) -> tuple[int, int]:
 
 
 def _sub_borrow(size: int, a: int, b: int, borrow: int, flags: int) -> tuple[int, int]:
-    result = (a - b - borrow) & _MASKS[size]
+    result = a - b - borrow
+    if result < 0 or result >= SHORT:
+        result &= _MASKS[size]
     new = flags & _NOT_ARITHMETIC | result_flags(size, result) | (a ^ b ^ result) & FLAG_AF
     if a < b + borrow:
         new |= FLAG_CF
-    if (a ^ b) & (a ^ result) & 1 << (8 * size - 1):
+    if ((a ^ b) & (a ^ result)) >> (8 * size - 1):
         new |= FLAG_OF
     return result, new
 
@@ -281,6 +286,29 @@ def bit_displacement(size: int, offset: int) -> int:
     ``offset`` is an unsigned register value of ``size`` bytes, read as signed (SDM vol. 2, BT).
     """
     return signed(offset, size) // (8 * size) * size
+
+
+GROUP1: Final = ("add", "or", "adc", "sbb", "and", "sub", "xor", "cmp")
+"""The eight operations in the order of their opcodes."""
+
+
+def group1(number: int, size: int, a: int, b: int, flags: int) -> tuple[int, int]:
+    """The operation at place ``number`` of ``GROUP1``: what most instructions are, without a call through a table."""
+    if number == 0:
+        return add(size, a, b, flags)
+    if number == 7:
+        return cmp(size, a, b, flags)
+    if number == 5:
+        return sub(size, a, b, flags)
+    if number == 6:
+        return bitwise_xor(size, a, b, flags)
+    if number == 4:
+        return bitwise_and(size, a, b, flags)
+    if number == 1:
+        return bitwise_or(size, a, b, flags)
+    if number == 2:
+        return adc(size, a, b, flags)
+    return sbb(size, a, b, flags)
 
 
 BINARY: Final[dict[str, Callable[[int, int, int, int], tuple[int, int]]]] = {

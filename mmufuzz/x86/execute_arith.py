@@ -22,7 +22,7 @@ from mmufuzz.x86.execute_operands import (
     store_operand,
     write_reg,
 )
-from mmufuzz.x86.insn import IMM, MEM, REG, Insn
+from mmufuzz.x86.insn import MEM, Insn
 from mmufuzz.x86.opcodes import MNEMONICS
 from mmufuzz.x86.state import FLAG_CF, FLAG_OF, FLAG_ZF, VECTOR_BR, VECTOR_DE, VECTOR_GP, Fault, Regs
 
@@ -34,26 +34,25 @@ _BINARY: Final[list[_Binary]] = [alu.BINARY.get(name, alu.add) for name in MNEMO
 _UNARY: Final[list[_Unary]] = [alu.UNARY.get(name, alu.inc) for name in MNEMONICS]
 _SOURCE_ONLY: Final[dict[str, _Binary]] = alu_wide.SOURCE_ONLY
 _SOURCE: Final[list[_Binary]] = [_SOURCE_ONLY.get(name, alu.add) for name in MNEMONICS]
+_GROUP1: Final[list[int]] = [alu.GROUP1.index(name) if name in alu.GROUP1 else -1 for name in MNEMONICS]
 _BT: Final = MNEMONICS.index("bt")
+_INC: Final = MNEMONICS.index("inc")
+_DEC: Final = MNEMONICS.index("dec")
+_CMP: Final = MNEMONICS.index("cmp")
 
 
 def binary(regs: Regs, insn: Insn, bus: Bus) -> None:
     """ADD, OR, ADC, SBB, AND, SUB, XOR, shifts and rotates."""
     dst = insn.operands[0]
-    src = insn.operands[1]
-    if dst.kind == REG:
-        # The common case, without the calls.
-        index = dst.index
-        size = dst.size
-        source = src.value if src.kind == IMM else load_operand(regs, insn, bus, src)
-        result, flags = _BINARY[insn.operation](size, regs.gpr[index] & alu.mask(size), source, regs.rflags)
-        write_reg(regs, index, size, result)
+    locked = insn.lock
+    old = load_operand(regs, insn, bus, dst, True, locked)
+    source = load_operand(regs, insn, bus, insn.operands[1])
+    number = _GROUP1[insn.operation]
+    if number >= 0:
+        result, flags = alu.group1(number, dst.size, old, source, regs.rflags)
     else:
-        locked = insn.lock
-        old = load_operand(regs, insn, bus, dst, True, locked)
-        source = load_operand(regs, insn, bus, src)
         result, flags = _BINARY[insn.operation](dst.size, old, source, regs.rflags)
-        store_operand(regs, insn, bus, dst, result, locked)
+    store_operand(regs, insn, bus, dst, result, locked)
     regs.rflags = flags
     advance(regs, insn)
 
@@ -63,7 +62,10 @@ def compare(regs: Regs, insn: Insn, bus: Bus) -> None:
     dst = insn.operands[0]
     left = load_operand(regs, insn, bus, dst)
     right = load_operand(regs, insn, bus, insn.operands[1])
-    regs.rflags = _BINARY[insn.operation](dst.size, left, right, regs.rflags)[1]
+    if insn.operation == _CMP:
+        regs.rflags = alu.cmp(dst.size, left, right, regs.rflags)[1]
+    else:
+        regs.rflags = alu.test(dst.size, left, right, regs.rflags)[1]
     advance(regs, insn)
 
 
@@ -71,7 +73,12 @@ def unary(regs: Regs, insn: Insn, bus: Bus) -> None:
     """INC, DEC, NEG, NOT."""
     dst = insn.operands[0]
     old = load_operand(regs, insn, bus, dst, True, insn.lock)
-    result, flags = _UNARY[insn.operation](dst.size, old, regs.rflags)
+    if insn.operation == _INC:
+        result, flags = alu.inc(dst.size, old, regs.rflags)
+    elif insn.operation == _DEC:
+        result, flags = alu.dec(dst.size, old, regs.rflags)
+    else:
+        result, flags = _UNARY[insn.operation](dst.size, old, regs.rflags)
     store_operand(regs, insn, bus, dst, result, insn.lock)
     regs.rflags = flags
     advance(regs, insn)

@@ -65,7 +65,9 @@ def _branch_target(regs: Regs, insn: Insn, bus: Bus) -> int:
     """Where CALL, JMP or a taken Jcc goes: RIP + displacement, or a register or memory operand."""
     operand = insn.operands[0]
     if operand.kind == REL:
-        target = regs.rip + insn.length + operand.value & alu.mask(insn.size)
+        target = regs.rip + insn.length + operand.value
+        if not 0 <= target < 0x10000:
+            target &= alu.mask(insn.size)
     else:
         target = load_operand(regs, insn, bus, operand)
     check_target(regs, target)

@@ -42,7 +42,7 @@ def read_reg(regs: Regs, index: int, size: int, high8: bool = False) -> int:
     """The low ``size`` bytes (1, 2, 4 or 8) of general register ``index``, or with ``high8`` its bits 15..8."""
     if high8:
         return regs.gpr[index] >> 8 & 0xFF
-    return regs.gpr[index] & alu.mask(size)
+    return regs.gpr[index] if size == 8 else regs.gpr[index] & alu.mask(size)
 
 
 def write_reg(regs: Regs, index: int, size: int, value: int, high8: bool = False) -> None:
@@ -90,7 +90,10 @@ def effective_address(regs: Regs, insn: Insn) -> int:
         address += regs.gpr[base]
     if insn.index != NO_REG:
         address += regs.gpr[insn.index] * insn.scale
-    return address & alu.mask(insn.asize)
+    asize = insn.asize
+    if asize == 8:
+        return address if 0 <= address < alu.SHORT else address & MASK64
+    return address & (MASK32 if asize == 4 else 0xFFFF)
 
 
 def is_canonical(regs: Regs, address: int) -> bool:
@@ -176,7 +179,8 @@ def load_operand(regs: Regs, insn: Insn, bus: Bus, operand: Operand, rmw: bool =
     """Value of a REG, HIGH8, IMM or MEM operand."""
     kind = operand.kind
     if kind == REG:
-        return regs.gpr[operand.index] & alu.mask(operand.size)
+        value = regs.gpr[operand.index]
+        return value if operand.size == 8 else value & alu.mask(operand.size)
     if kind == IMM:
         return operand.value
     if kind == HIGH8:
@@ -198,7 +202,10 @@ def store_operand(regs: Regs, insn: Insn, bus: Bus, operand: Operand, value: int
 
 def advance(regs: Regs, insn: Insn) -> None:
     """RIP goes to the next instruction."""
-    regs.rip = regs.rip + insn.length & (MASK64 if regs.long_mode else MASK32)
+    rip = regs.rip + insn.length
+    if rip > MASK32:
+        rip &= MASK64 if regs.long_mode else MASK32
+    regs.rip = rip
 
 
 def require_cpl0(regs: Regs) -> None:

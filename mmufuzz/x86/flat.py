@@ -52,12 +52,60 @@ class Halted(Exception):
 
 
 class Region:
-    """Bytes of memory from ``start`` to ``end``."""
+    """Bytes of memory from ``start`` to ``end``, kept as aligned 64-bit words: what most accesses touch one of."""
 
     def __init__(self, start: int, data: bytes) -> None:
         self.start = start
         self.end = start + len(data)
-        self.data = bytearray(data)
+        self.base = start & ~7
+        padded = bytes(start & 7) + data + bytes(7)
+        self.words: list[int] = [
+            int.from_bytes(padded[place : place + 8], "little") for place in range(0, len(padded) - 7, 8)
+        ]
+        self.code_start = self.end
+        self.code_end = start
+        """Instructions between these two have been decoded and are remembered."""
+
+    def load(self, gva: int, size: int) -> int:
+        """``size`` bytes, all of them inside."""
+        offset = gva - self.base
+        index = offset >> 3
+        shift = (offset & 7) << 3
+        if shift + (size << 3) <= 64:
+            if size == 8:
+                return self.words[index]
+            return self.words[index] >> shift & (1 << (size << 3)) - 1
+        value = self.words[index] >> shift
+        done = 64 - shift
+        while done < size << 3:
+            index += 1
+            value |= self.words[index] << done
+            done += 64
+        return value & (1 << (size << 3)) - 1
+
+    def store(self, gva: int, size: int, value: int) -> None:
+        """``size`` bytes, all of them inside."""
+        offset = gva - self.base
+        index = offset >> 3
+        shift = (offset & 7) << 3
+        if size == 8 and shift == 0:
+            self.words[index] = value
+            return
+        left = size << 3
+        while left > 0:
+            count = min(left, 64 - shift)
+            ones = (1 << count) - 1
+            word = self.words[index]
+            self.words[index] = word ^ ((word >> shift ^ value) & ones) << shift
+            value >>= count
+            left -= count
+            shift = 0
+            index += 1
+
+    def contents(self) -> bytes:
+        """All bytes."""
+        whole = b"".join([word.to_bytes(8, "little") for word in self.words])
+        return whole[self.start - self.base : self.end - self.base]
 
 
 class FlatBus(Bus):
@@ -66,9 +114,13 @@ class FlatBus(Bus):
     def __init__(self, regions: list[Region]) -> None:
         self.regions = regions
         self.last = regions[0]
+        self.decoded64: dict[int, Insn] = {}
+        self.decoded32: dict[int, Insn] = {}
+        self.decoded16: dict[int, Insn] = {}
+        """Instructions by linear address and code size, until a store hits decoded code."""
 
-    def find(self, gva: int) -> Region:
-        """The region that holds ``gva``; raises ``Unmapped``."""
+    def look_up(self, gva: int) -> Region | None:
+        """The region that holds ``gva``."""
         last = self.last
         if last.start <= gva < last.end:
             return last
@@ -76,46 +128,61 @@ class FlatBus(Bus):
             if region.start <= gva < region.end:
                 self.last = region
                 return region
-        raise Unmapped(gva)
+        return None
+
+    def find(self, gva: int) -> Region:
+        """The region that holds ``gva``; raises ``Unmapped``."""
+        region = self.look_up(gva)
+        if region is None:
+            raise Unmapped(gva)
+        return region
+
+    def forget_code(self) -> None:
+        """The program changed itself."""
+        self.decoded64.clear()
+        self.decoded32.clear()
+        self.decoded16.clear()
+        for region in self.regions:
+            region.code_start = region.end
+            region.code_end = region.start
 
     def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
         """Bytes of one region, or of two that touch."""
         region = self.find(gva)
         if gva + size <= region.end:
-            offset = gva - region.start
-            return int.from_bytes(region.data[offset : offset + size], "little")
+            return region.load(gva, size)
         value = 0
         for place in range(size):
-            at = gva + place
-            region = self.find(at)
-            value |= region.data[at - region.start] << 8 * place
+            value |= self.find(gva + place).load(gva + place, 1) << 8 * place
         return value
 
     def store(self, regs: Regs, gva: int, size: int, value: int, locked: bool) -> None:
         """All bytes or, if one of them is unmapped, none."""
         region = self.find(gva)
         if gva + size <= region.end:
-            offset = gva - region.start
-            region.data[offset : offset + size] = value.to_bytes(size, "little")
+            if gva < region.code_end and gva + size > region.code_start:
+                self.forget_code()
+            region.store(gva, size, value)
             return
         for place in range(size):
             self.find(gva + place)
+        self.forget_code()
         for place in range(size):
-            at = gva + place
-            region = self.find(at)
-            region.data[at - region.start] = value >> 8 * place & 0xFF
+            self.find(gva + place).store(gva + place, 1, value >> 8 * place & 0xFF)
 
     def fetch(self, regs: Regs, gva: int, size: int) -> bytes:
         """At most ``size`` code bytes: fewer where memory ends."""
-        region = self.find(gva)
-        offset = gva - region.start
-        code = bytes(region.data[offset : offset + size])
-        while len(code) < size:
-            try:
-                region = self.find(gva + len(code))
-            except Unmapped:
+        code = b""
+        region: Region | None = self.find(gva)
+        while region is not None:
+            at = gva + len(code)
+            count = min(size - len(code), region.end - at)
+            code += region.load(at, count).to_bytes(count, "little")
+            region.code_start = min(region.code_start, at)
+            region.code_end = max(region.code_end, at + count)
+            if len(code) == size:
                 break
-            code += bytes(region.data[: size - len(code)])
+            region = self.look_up(gva + len(code))
         return code
 
     def fence(self, regs: Regs) -> None:
@@ -180,19 +247,29 @@ class Machine:
     def fetch(self) -> Insn:
         """The instruction at CS:RIP."""
         regs = self.regs
+        bus = self.bus
         address = regs.rip
-        if not regs.long_mode:
+        if regs.long_mode:
+            decoded = bus.decoded64
+        else:
             code_segment = regs.segments[CS]
             if address > code_segment.limit:
                 raise Fault(VECTOR_GP, 0)
             address = address + code_segment.base & 0xFFFFFFFF
-        code = self.bus.fetch(regs, address, MAX_LENGTH)
+            decoded = bus.decoded16 if regs.code16 else bus.decoded32
+        known = decoded.get(address)
+        if known is not None:
+            return known
+        code = bus.fetch(regs, address, MAX_LENGTH)
         try:
             if regs.long_mode:
-                return decode(code, True)
-            return decode16(code) if regs.code16 else decode(code, False)
+                insn = decode(code, True)
+            else:
+                insn = decode16(code) if regs.code16 else decode(code, False)
         except Truncated as truncated:
             raise Unmapped(address + len(code)) from truncated
+        decoded[address] = insn
+        return insn
 
     def run(self, end: int, limit: int) -> Execution:
         """Until RIP is ``end`` (-1: no such place), ``limit`` instructions have retired, or something stops the CPU."""
@@ -239,7 +316,7 @@ class Machine:
         made.instructions = count
         made.registers = register_values(regs, self.mode)
         for region in bus.regions:
-            made.memory[region.start] = bytes(region.data)
+            made.memory[region.start] = region.contents()
         return made
 
 

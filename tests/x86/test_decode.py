@@ -5,6 +5,7 @@ from __future__ import annotations
 import iced_reference as iced
 import iced_x86
 import pytest
+from encodings_random import Random, encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,6 +135,31 @@ def test_agrees_with_iced_on_every_addressing_form(address_prefix: str, mode64: 
             for sib in range(256) if modrm in (0x04, 0x44, 0x84) else (0x24,):
                 tail = bytes([modrm, sib]) + bytes.fromhex("f1e2d3c4b5")
                 check_against_iced(bytes.fromhex(address_prefix + rex + "89") + tail, mode64)
+
+
+def random_code(rng: Random, number: int) -> tuple[bytes, bool]:
+    """By turns: random bytes; a form of the tables; the same with up to three bytes changed."""
+    mode64 = rng.below(2) == 0
+    if number % 3 == 0:
+        return rng.bytes(15), mode64
+    code = bytearray(encode(rng, FORMS[rng.below(len(FORMS))], mode64))
+    if number % 3 == 2:
+        for _ in range(1 + rng.below(3)):
+            code[rng.below(min(len(code), 6))] = rng.below(256)
+    return bytes(code[:15]), mode64
+
+
+def test_agrees_with_iced_on_random_and_mutated_forms() -> None:
+    rng = Random(0)
+    for number in range(6000):
+        check_against_iced(*random_code(rng, number))
+
+
+@pytest.mark.oracle
+def test_agrees_with_iced_on_a_million_strings() -> None:
+    rng = Random(1)
+    for number in range(1_000_000):
+        check_against_iced(*random_code(rng, number))
 
 
 def test_every_decodable_mnemonic_can_be_executed() -> None:
