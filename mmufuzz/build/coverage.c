@@ -6,6 +6,9 @@
 
 #include <stdint.h>
 
+/* The core's own symbols are hidden; these are looked up from outside, or give way to libFuzzer's. */
+#pragma GCC visibility push(default)
+
 extern uint8_t __start___sancov_cntrs[] __attribute__((weak, visibility("hidden")));
 extern uint8_t __stop___sancov_cntrs[] __attribute__((weak, visibility("hidden")));
 
@@ -27,3 +30,5 @@ void __sanitizer_cov_trace_const_cmp2(uint16_t a, uint16_t b) {}
 void __sanitizer_cov_trace_const_cmp4(uint32_t a, uint32_t b) {}
 void __sanitizer_cov_trace_const_cmp8(uint64_t a, uint64_t b) {}
 void __sanitizer_cov_trace_switch(uint64_t value, uint64_t *cases) {}
+
+#pragma GCC visibility pop
