@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
-MODULES = ("state", "paging", "page_walk", "tlb", "mmu")
+MODULES = ("state", "paging", "walk_result", "page_walk", "tlb", "mmu")
 GVA = 0x1234_5678_9ABC
 ROOT = 1
 TURNS = 60

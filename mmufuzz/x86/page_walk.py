@@ -21,11 +21,8 @@ from mmufuzz.x86.paging import (
     LOW,
     LOW_BITS,
     MAXPHYADDR,
-    NO_ADDRESS,
     PAGE_SHIFT,
     PAGE_SIZE,
-    PTE_A,
-    PTE_D,
     PTE_G,
     PTE_P,
     PTE_PS,
@@ -49,6 +46,7 @@ from mmufuzz.x86.state import (
     VECTOR_GP,
     VECTOR_PF,
 )
+from mmufuzz.x86.walk_result import WalkResult
 
 _OFFSET_MASK: Final = PAGE_SIZE - 1
 _NX_HIGH: Final = 1 << 11  # bit 63 of an entry, in its upper part
@@ -56,7 +54,6 @@ _PKEY_HIGH_SHIFT: Final = 7
 _CR3_FRAME: Final = (1 << 52) - PAGE_SIZE
 _CR3_FRAME_LEGACY: Final = (1 << 32) - PAGE_SIZE
 _CR3_PDPT: Final = (1 << 32) - 32
-_NO_VECTOR: Final = 0
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -73,76 +70,6 @@ class PageTableReader:
         if word < 0:
             return word
         return word >> ((gpa & 4) << 3) & 0xFFFFFFFF
-
-
-class WalkResult:
-    """What a walk found.
-
-    ``vector``: 0, or of the exception that the access raises: 14 (#PF) with ``error_code``, or 13 (#GP(0)) for an
-    address that is not canonical (#SS(0) if the access goes through SS, which is up to whoever executes it).
-    ``level``: of the last entry read: of the leaf, or of the entry that stopped the walk; 0 without paging.
-    ``gpa``, ``gfn``: of the byte accessed and its 4K frame, if a leaf was reached, even one that forbids the access;
-    otherwise ``NO_ADDRESS``.
-    ``page_shift``: log2 of the size of the page mapped; 0 if no leaf was reached.
-    ``entries``: (gpa of the entry, its value) from the root down, the entry that stopped the walk included; PDPTE
-    registers are not in memory and not listed. ``trail`` is the same, flat.
-    ``writable``, ``user``, ``nx``: accumulated over the present, well-formed entries of ``entries``.
-    ``pkey``: protection key of the leaf (0..15; 0 where there are none). ``is_global``: G in the leaf, under CR4.PGE.
-    ``no_memory``: a table lies outside memory. The error code then says "not present", as KVM's walker does
-    (paging_tmpl.h:walk_addr_generic); hardware would read whatever the bus answers.
-    """
-
-    def __init__(self, access: int) -> None:
-        self.access: Final = access
-        self.vector = _NO_VECTOR
-        self.error_code = 0
-        self.gpa = NO_ADDRESS
-        self.level = 0
-        self.page_shift = 0
-        self.trail: list[int] = []
-        self.writable = True
-        self.user = True
-        self.nx = False
-        self.pkey = 0
-        self.is_global = False
-        self.no_memory = False
-
-    @property
-    def entries(self) -> list[tuple[int, int]]:
-        """(gpa of the entry, its value) from the root down; see the class."""
-        trail = self.trail
-        return [(trail[at], trail[at + 1]) for at in range(0, len(trail), 2)]
-
-    @property
-    def fault(self) -> bool:
-        """True if the access raises an exception."""
-        return self.vector != _NO_VECTOR
-
-    @property
-    def gfn(self) -> int:
-        """4K frame of ``gpa``; ``NO_ADDRESS`` without one."""
-        return self.gpa >> PAGE_SHIFT
-
-    @property
-    def ad_updates(self) -> list[tuple[int, int]]:
-        """Accessed and dirty flags that the access sets: (gpa of the entry, bits that are clear), root first.
-
-        SDM 4.8. Empty for an access that faults: hardware may then have set A in the upper entries, or not.
-        An entry that a self-mapping table uses at two levels may be listed twice.
-        """
-        updates: list[tuple[int, int]] = []
-        if self.fault:
-            return updates
-        remaining = len(self.entries)
-        for gpa, entry in self.entries:
-            remaining -= 1
-            wanted = PTE_A
-            if remaining == 0 and self.access & ACCESS_WRITE:
-                wanted |= PTE_D
-            missing = wanted & ~entry
-            if missing:
-                updates.append((gpa, missing))
-        return updates
 
 
 def walk_tables(config: PagingConfig, root_gfn: int, gva: int, access: int, memory: PageTableReader) -> WalkResult:
@@ -164,7 +91,6 @@ def walk_tables(config: PagingConfig, root_gfn: int, gva: int, access: int, memo
     index_bits = config.index_bits
     shift = PAGE_SHIFT + index_bits * (level - 1)
     index_mask = (1 << index_bits) - 1
-    trail = result.trail
     table = root_gfn << PAGE_SHIFT
     rights = PTE_W | PTE_U
     cause = 0
@@ -180,8 +106,7 @@ def walk_tables(config: PagingConfig, root_gfn: int, gva: int, access: int, memo
         if high < 0:
             result.no_memory = True
             break
-        trail.append(address)
-        trail.append(entry)
+        result.record(address, entry)
         low = entry & LOW
         if not low & PTE_P:
             break

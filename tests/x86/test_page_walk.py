@@ -373,7 +373,7 @@ def test_the_documentation_names_every_attribute() -> None:
     text = PAGE_DOC.read_text()
     result = WalkResult(ACCESS_READ)
     for name in dir(result):
-        if not name.startswith("_") and name not in ("access", "trail"):
+        if not name.startswith("_") and name not in ("access", "record"):
             assert f"`{name}`" in text, name
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmufuzz.x86.page_walk import PageTableReader, WalkResult, walk_tables
+from mmufuzz.x86.page_walk import PageTableReader, walk_tables
 from mmufuzz.x86.paging import (
     ACCESS_FETCH,
     ACCESS_READ,
@@ -55,6 +55,7 @@ from mmufuzz.x86.state import (
     PFERR_WRITE,
     Regs,
 )
+from mmufuzz.x86.walk_result import WalkResult
 
 ALL = PTE_P | PTE_W | PTE_U
 GVA = 0x0000_1234_5678_9ABC

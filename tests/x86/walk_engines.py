@@ -199,7 +199,7 @@ def load_bochscpu() -> Any:
         return importlib.import_module("bochscpu._bochscpu")
     except ImportError as error:
         if "__isoc23_" not in str(error):
-            raise Unavailable(str(error)) from error
+            raise Unavailable(f"bochscpu does not load here: {error}") from error
     for name in [name for name in sys.modules if name.partition(".")[0] == "bochscpu"]:
         del sys.modules[name]
     with tempfile.TemporaryDirectory() as directory:
