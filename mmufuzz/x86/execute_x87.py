@@ -30,7 +30,7 @@ _TOP: Final = 7 << 11
 _BUSY: Final = 1 << 15
 _EXCEPTIONS: Final = 0x3F
 
-# FLD1, FLDL2T, FLDL2E, FLDPI, FLDLG2, FLDLN2, FLDZ: the nearest 80-bit value, and whether it lies above the constant.
+# FLD1, FLDL2T, FLDL2E, FLDPI, FLDLG2, FLDLN2, FLDZ: the value cut off, and whether the nearest one is above it.
 _CONSTANTS: Final[list[tuple[int, bool]]] = [
     (0x3FFF8000000000000000, False),
     (0x4000D49A784BCD1B8AFE, False),
@@ -129,12 +129,11 @@ def load_integer(regs: Regs, insn: Insn, bus: Bus) -> None:
 def load_constant(regs: Regs, insn: Insn, bus: Bus) -> None:
     """FLD1 and the other constants, rounded as FCW says."""
     _check(regs)
-    value, rounded_up = _CONSTANTS[insn.modrm - 0xE8]
+    place = insn.modrm - 0xE8
+    value, nearest_above = _CONSTANTS[place]
     rounding = regs.fcw >> 10 & 3
-    if rounded_up and rounding in (1, 3):
-        value -= 1
-    elif insn.modrm == 0xE9 and rounding == 2:
-        # FLDL2T is the one that is cut off when rounding to nearest.
+    exact = place in (0, 6)
+    if (rounding == 0 and nearest_above) or (rounding == 2 and not exact):
         value += 1
     _push(regs, value, 0)
     advance(regs, insn)
