@@ -16,7 +16,9 @@ from mmufuzz.x86 import alu
 from mmufuzz.x86 import execute_arith as arith
 from mmufuzz.x86 import execute_far as far
 from mmufuzz.x86 import execute_flow as flow
+from mmufuzz.x86 import execute_msr as msr
 from mmufuzz.x86 import execute_system as system
+from mmufuzz.x86 import execute_tables as tables
 from mmufuzz.x86 import execute_vector as vector
 from mmufuzz.x86 import execute_x87 as x87
 from mmufuzz.x86 import execute_xsave as xsave
@@ -54,7 +56,7 @@ def _mov(regs: Regs, insn: Insn, bus: Bus) -> None:
 def _mov_any(regs: Regs, insn: Insn, bus: Bus) -> None:
     """MOV, of which two opcodes name segment registers."""
     if insn.opcode in (0x8C, 0x8E):
-        system.mov_sreg(regs, insn, bus)
+        tables.mov_sreg(regs, insn, bus)
     else:
         _mov(regs, insn, bus)
 
@@ -86,7 +88,7 @@ def _xchg(regs: Regs, insn: Insn, bus: Bus) -> None:
 def _pop(regs: Regs, insn: Insn, bus: Bus) -> None:
     """POP, of which some opcodes name segment registers."""
     if insn.operands[0].kind == SREG:
-        system.pop_sreg(regs, insn, bus)
+        tables.pop_sreg(regs, insn, bus)
     else:
         flow.pop_operand(regs, insn, bus)
 
@@ -162,22 +164,22 @@ _BY_HANDLER: Final[list[tuple[Handler, str]]] = [
     (system.nop, "nop lfence sfence"),
     (system.flush_line, "clflush clflushopt clwb"),
     (system.undefined, "ud2"),
-    (system.store_table, "sgdt sidt"),
-    (system.load_table, "lgdt lidt"),
-    (system.store_system_segment, "sldt str"),
-    (system.load_system_segment, "lldt ltr"),
-    (system.look_at_segment, "lar lsl verr verw"),
-    (system.adjust_privilege, "arpl"),
-    (system.swap_gs, "swapgs"),
-    (system.fs_gs_base, "rdfsbase rdgsbase wrfsbase wrgsbase"),
-    (system.identify, "cpuid"),
-    (system.time_stamp, "rdtsc rdtscp"),
-    (system.processor_id, "rdpid"),
-    (system.performance_counter, "rdpmc"),
-    (system.read_msr, "rdmsr"),
-    (system.write_msr, "wrmsr"),
-    (system.extended_control, "xgetbv xsetbv"),
-    (system.protection_keys, "rdpkru wrpkru"),
+    (tables.store_table, "sgdt sidt"),
+    (tables.load_table, "lgdt lidt"),
+    (tables.store_system_segment, "sldt str"),
+    (tables.load_system_segment, "lldt ltr"),
+    (tables.look_at_segment, "lar lsl verr verw"),
+    (tables.adjust_privilege, "arpl"),
+    (tables.swap_gs, "swapgs"),
+    (tables.fs_gs_base, "rdfsbase rdgsbase wrfsbase wrgsbase"),
+    (msr.identify, "cpuid"),
+    (msr.time_stamp, "rdtsc rdtscp"),
+    (msr.processor_id, "rdpid"),
+    (msr.performance_counter, "rdpmc"),
+    (msr.read_msr, "rdmsr"),
+    (msr.write_msr, "wrmsr"),
+    (msr.extended_control, "xgetbv xsetbv"),
+    (msr.protection_keys, "rdpkru wrpkru"),
     (system.port_in, "in"),
     (system.port_out, "out"),
     (system.translate_byte, "xlat"),
