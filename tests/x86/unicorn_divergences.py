@@ -73,6 +73,12 @@ DIVERGENCES = {
         flags=alu.ARITHMETIC_FLAGS,
         result=True,
     ),
+    "bextr-length": Divergence(
+        "BEXTR of the width or more bits clears the top bit",
+        "SDM vol. 2, BEXTR: a length of the width or more takes all bits",
+        flags=alu.ARITHMETIC_FLAGS,
+        result=True,
+    ),
     "vex-register-32": Divergence(
         "outside 64-bit code VEX.vvvv names registers that do not exist",
         "SDM vol. 2, 2.3.5.6: its top bit is ignored there",
@@ -135,6 +141,8 @@ def divergence_of(insn: Insn, code: bytes, regs: Regs, bits: int) -> str:
         return "prefetch-register"
     if name == "bzhi" and insn.operands[2].index >= 0 and regs.gpr[insn.operands[2].index] & 0xFF >= 8 * insn.size - 1:
         return "bzhi-index"
+    if name == "bextr" and regs.gpr[insn.operands[2].index] >> 8 & 0xFF >= 8 * insn.size:
+        return "bextr-length"
     if name in ("pdep", "pext", "bextr") and insn.size == 4 and bits == 64:
         return "bmi-32"
     if name == "cmpxchg" and insn.size == 4 and bits == 64:
