@@ -71,12 +71,25 @@ class Walks:
         if key in self._failed:
             return False
         hpa = gpa_to_hpa(entry_address(table, self.gva, level))
-        for entry in self.history.values(hpa, self.since, self.buffer):
-            self.path.append((hpa, entry))
-            if self._entry_leads(entry, level, rights):
+        tried = 0
+        if self.buffer is None or not self.buffer.pending:
+            # The newest value, nearly always the one: a word may have had as many as there were stores to it.
+            if self._leads(hpa, self.kvm.memory.words.get(hpa >> 3, 0), level, rights):
                 return True
-            self.path.pop()
+            tried = 1
+        values = self.history.values(hpa, self.since, self.buffer)
+        for position in range(tried, len(values)):
+            if self._leads(hpa, values[position], level, rights):
+                return True
         self._failed[key] = True
+        return False
+
+    def _leads(self, hpa: int, entry: int, level: int, rights: int) -> bool:
+        """Whether a walk goes on from ``entry`` at ``hpa`` to what is asked for; ``path`` then has it."""
+        self.path.append((hpa, entry))
+        if self._entry_leads(entry, level, rights):
+            return True
+        self.path.pop()
         return False
 
     def _entry_leads(self, entry: int, level: int, rights: int) -> bool:
