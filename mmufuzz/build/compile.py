@@ -122,7 +122,9 @@ class _Builder:
         """Compile all C files, the largest first; the object files."""
         files = sorted((self.work / "c").glob("*.c"), key=lambda path: (-path.stat().st_size, path.name))
         runtime = f"__native_{self.core.library.removesuffix('__mypyc')}.c"
-        commands = [self._command(path, instrumented=path.name != runtime) for path in files]
+        commands = [
+            self._command(path, instrumented=path.name != runtime and self.core.guides(path.name)) for path in files
+        ]
         if self.compiler.kind == INSTRUMENTED:
             files.append(HERE / "coverage.c")
             commands.append(self._command(files[-1], instrumented=False))

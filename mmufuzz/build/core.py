@@ -10,6 +10,13 @@ from typing import Final
 ROOMS: Final = ("x86", "host", "kvm", "oracle", "case", "search")
 MODULES: Final = ("run.py", "outcome.py")
 
+GUIDING: Final = ("x86", "kvm")
+"""Rooms whose edges guide a fuzzer: the machine that is under test.
+
+What the others do, the semantic counters tell better, and libFuzzer pays for every edge that a run passes: with all
+rooms a run costs it as much as the model.
+"""
+
 PURE: Final = "pure"
 COMPILED: Final = "compiled"
 INSTRUMENTED: Final = "instrumented"
@@ -23,10 +30,14 @@ HERE: Final = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Core:
-    """Sources of a core. ``files``: the bytes by path below the import root, as in ``mmufuzz/x86/alu.py``; in order."""
+    """Sources of a core. ``files``: the bytes by path below the import root, as in ``mmufuzz/x86/alu.py``; in order.
+
+    ``guiding``: the rooms that an instrumented build has edge counters in; empty means all.
+    """
 
     package: str
     files: dict[str, bytes]
+    guiding: tuple[str, ...] = ()
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -37,6 +48,10 @@ class Core:
     def library(self) -> str:
         """Name of the shared library as a Python module; mypyc decides its ending."""
         return f"{self.package}_core__mypyc"
+
+    def guides(self, c_file: str) -> bool:
+        """Whether the C file, with the name that mypyc gives it, belongs to a room of ``guiding``."""
+        return not self.guiding or any(f"_{self.package}___{room}___" in c_file for room in self.guiding)
 
     @property
     def digest(self) -> str:
@@ -56,4 +71,4 @@ def snapshot(root: Path = HERE.parents[1]) -> Core:
     package = root / "mmufuzz"
     paths = [path for room in ROOMS for path in sorted((package / room).glob("*.py")) if path.name != "__init__.py"]
     paths += [package / name for name in MODULES]
-    return Core("mmufuzz", {path.relative_to(root).as_posix(): path.read_bytes() for path in paths})
+    return Core("mmufuzz", {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}, GUIDING)
