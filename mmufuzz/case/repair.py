@@ -44,7 +44,6 @@ from mmufuzz.case.validate import (
     MAX_SLOTS,
     MAX_WORDS,
     MAX_WRITE_TRACK,
-    MIN_MMU_PAGES,
     PAGE,
     STEPS_PER_PAGE,
     U64,
@@ -55,6 +54,7 @@ from mmufuzz.case.validate import (
     is_line,
     is_mark,
     is_text,
+    least_mmu_pages,
     paging_mode,
 )
 from mmufuzz.host.deviation import HOLD, RUN, Deviation
@@ -90,7 +90,7 @@ def repair(case: Case) -> Case:
         revert=_ids(case.revert),
         apply=_ids(case.apply),
         memory_model=case.memory_model if case.memory_model in (TSO, SC) else TSO,
-        options=repair_options(case.options, slots),
+        options=repair_options(case.options, slots, len(vcpus)),
         slots=slots,
         memory=repair_memory(case.memory, slots),
         vcpus=vcpus,
@@ -151,7 +151,7 @@ def repair_memory(memory: Sequence[Word], slots: Sequence[Slot]) -> tuple[Word, 
     return tuple(kept)
 
 
-def repair_options(options: Options, slots: Sequence[Slot]) -> Options:
+def repair_options(options: Options, slots: Sequence[Slot], vcpus: int) -> Options:
     """Limits in range (0 means the default), tracked gfns inside the slots and once each."""
     tracked: list[int] = []
     for gfn in options.write_track:
@@ -159,8 +159,9 @@ def repair_options(options: Options, slots: Sequence[Slot]) -> Options:
             tracked.append(gfn)
     default = Options()
     pages = options.n_max_mmu_pages
-    if not MIN_MMU_PAGES <= pages <= MAX_MMU_PAGES:
-        pages = max(MIN_MMU_PAGES, pages % (MAX_MMU_PAGES + 1)) if pages else default.n_max_mmu_pages
+    least = least_mmu_pages(vcpus)
+    if not least <= pages <= MAX_MMU_PAGES:
+        pages = max(least, pages % (MAX_MMU_PAGES + 1)) if pages else default.n_max_mmu_pages
     limit = options.event_limit
     if not 1 <= limit <= MAX_EVENTS:
         limit = limit % (MAX_EVENTS + 1) or default.event_limit

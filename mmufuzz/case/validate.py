@@ -52,8 +52,9 @@ MAX_OPS: Final = 256
 """Operations of one host thread."""
 MAX_WRITE_TRACK: Final = 64
 MIN_MMU_PAGES: Final = 20
-"""With fewer, one instruction may need more shadow pages than there are, for ever. KVM itself allows no less than 64
-(mmu.c: KVM_MIN_ALLOC_MMU_PAGES)."""
+MORE_MMU_PAGES: Final = 8
+KVM_MIN_ALLOC_MMU_PAGES: Final = 64
+"""See ``least_mmu_pages``."""
 MAX_MMU_PAGES: Final = (1 << 16) - 1
 MAX_EVENTS: Final = 1_000_000
 MAX_IDS: Final = 64
@@ -142,7 +143,7 @@ def validate(case: Case) -> None:
     if case.memory_model not in (TSO, SC):
         raise CaseError("memory_model", f"expected 'tso' or 'sc', got '{case.memory_model}'")
     _check_slots(case.slots)
-    _check_options(case.options, case.slots)
+    _check_options(case.options, case.slots, len(case.vcpus))
     _check_memory(case)
     _check_count("vcpu", len(case.vcpus), 1, MAX_VCPUS, "vCPUs")
     for index in range(len(case.vcpus)):
@@ -194,9 +195,19 @@ def _check_slots(slots: Sequence[Slot]) -> None:
                 raise CaseError(place, f"expected frames outside the other slots, but slots[{other}] overlaps")
 
 
-def _check_options(options: Options, slots: Sequence[Slot]) -> None:
+def least_mmu_pages(vcpus: int) -> int:
+    """The smallest budget of shadow pages for so many vCPUs: 20 for two, 8 for each more, at most KVM's own least.
+
+    With fewer, one instruction may need more pages than there are, or the vCPUs take them from each other, for ever.
+    KVM allows no budget below 64 (mmu.c: KVM_MIN_ALLOC_MMU_PAGES).
+    """
+    return min(KVM_MIN_ALLOC_MMU_PAGES, MIN_MMU_PAGES + MORE_MMU_PAGES * max(0, vcpus - 2))
+
+
+def _check_options(options: Options, slots: Sequence[Slot], vcpus: int) -> None:
     pages = options.n_max_mmu_pages
-    _check_range("options.n_max_mmu_pages", pages, MIN_MMU_PAGES, MAX_MMU_PAGES, "a number of shadow pages")
+    least = least_mmu_pages(vcpus)
+    _check_range("options.n_max_mmu_pages", pages, least, MAX_MMU_PAGES, "a number of shadow pages")
     _check_range("options.event_limit", options.event_limit, 1, MAX_EVENTS, "a number of events")
     _check_count("options.write_track", len(options.write_track), 0, MAX_WRITE_TRACK, "gfns")
     for index in range(len(options.write_track)):

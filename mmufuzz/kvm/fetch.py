@@ -135,6 +135,7 @@ def _validate_direct_spte(kvm: Kvm, address: int, access: int) -> None:
     child = kvm.by_pfn[spte_pfn(spte)]
     if role_access(child.role) == access:
         return
+    kvm.mark("fetch.direct_relinked")
     drop_parent_pte(kvm, child, address)
     kvm_flush_remote_tlbs(kvm)
 

@@ -26,6 +26,7 @@ MARKS: Final = (
     "exit_userspace.mmio",
     "faultin.noslot",
     "faultin.readonly",
+    "fetch.direct_relinked",
     "fetch.gpte_changed",
     "fetch.guest_huge_page",
     "fetch.top_changed",

@@ -23,6 +23,7 @@ _TELLING: Final = (
     "unprotect.",
     "retry_guard.",
     "faultin.",
+    "fetch.direct_relinked",
     "fetch.gpte_changed",
     "fetch.top_changed",
     "page_fault.EMULATE",

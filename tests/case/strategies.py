@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from mmufuzz.case.model import Case, Expect, HostThread, Options, Slot, Vcpu, Word
-from mmufuzz.case.validate import FLAGS, canonical
+from mmufuzz.case.validate import FLAGS, canonical, least_mmu_pages
 from mmufuzz.host.deviation import EVICT, FILL, HOLD, RUN, Deviation
 from mmufuzz.host.sites import BOOT, MAX_OCCURRENCE, MAX_STEPS, N_SITES, STORE_SITES, label, label_thread
 
@@ -91,7 +91,7 @@ def cases(draw: st.DrawFn) -> Case:
         memory_model=draw(st.sampled_from(["tso", "sc"])),
         options=Options(
             fep=draw(st.booleans()),
-            n_max_mmu_pages=draw(st.integers(20, 0xFFFF)),
+            n_max_mmu_pages=draw(st.integers(least_mmu_pages(len(machines)), 0xFFFF)),
             write_track=tuple(draw(st.lists(gfns, unique=True, max_size=3))),
             event_limit=draw(st.integers(1, 1_000_000)),
         ),

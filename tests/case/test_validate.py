@@ -72,6 +72,11 @@ BAD = [
         "schedule[0]",
         "expected an actor in 0..1, got 2",
     ),
+    (
+        replace(CASE, vcpus=(*CASE.vcpus, CASE.vcpus[0]), options=Options(n_max_mmu_pages=27)),
+        "options.n_max_mmu_pages",
+        "28..65535, got 27",
+    ),
     (replace(CASE, expect=Expect("finding", "No")), "expect.kind", "expected a kind of finding"),
     (replace(CASE, expect=Expect("finding", "", "a\nb")), "expect.fingerprint", "expected one line"),
     (replace(CASE, expect=Expect(reach=("a b",))), "expect.reach[0]", "expected the name of a mark"),
@@ -100,6 +105,8 @@ def test_repair_makes_it_valid(case: Case) -> None:
         vcpu(code_gva=(1 << 64) - 4096, program=(b"\x90",) * 256),
         replace(CASE, slots=(Slot(1, 1), Slot(0xFFFF, 1), Slot(2, 3, True))),
         schedule(Deviation(HOLD, STORE, 1)),
+        # KVM's own least budget is enough for any number of vCPUs.
+        replace(CASE, vcpus=CASE.vcpus * 8, options=Options(n_max_mmu_pages=64)),
     ],
 )
 def test_unusual_cases_are_accepted(case: Case) -> None:
