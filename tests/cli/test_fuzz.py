@@ -120,12 +120,17 @@ def test_two_jobs_add_up(mmufuzz: Run) -> None:
     assert answer.json["cases"] == 20
 
 
-def test_the_hypothesis_engine_runs_apart_and_hands_over_what_it_found_and_kept(mmufuzz: Run, tmp_path: Path) -> None:
+def test_the_hypothesis_engine_runs_apart_and_hands_over_what_it_found_and_kept(
+    mmufuzz: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("hypothesis")
+    # An installed package finds the harnesses in the checkout that it is run from.
+    monkeypatch.chdir(Path(__file__).parents[2])
     arguments = ["--harness", "state_machine", "--cases", 60, "--seed", 1, "--revert", "retry-guard", "--no-coverage"]
-    answer = mmufuzz("fuzz", *arguments, "--json", "-")
+    places = ["--corpus", tmp_path / "corpus", "--findings", tmp_path / "findings"]
+    answer = mmufuzz("fuzz", *arguments, *places, "--json", "-")
     assert answer.status == 1, answer.err
     assert answer.json["engines"]["hypothesis:state_machine"]["cases"] == 60
     assert answer.json["findings"][0]["kind"] == "livelock" and Path(answer.json["findings"][0]["case"]).is_file()
-    kept = list((tmp_path / ".mmufuzz" / "corpus" / "cases").glob("*.case"))
+    kept = list((tmp_path / "corpus" / "cases").glob("*.case"))
     assert len(kept) == answer.json["new_cases"] > 0
