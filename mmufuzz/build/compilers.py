@@ -16,11 +16,11 @@ from typing import Final
 
 from mmufuzz.build.core import COMPILED, INSTRUMENTED
 
-FLAGS: Final = ("-g0", "-w", "-fPIC", "-fwrapv", "-DNDEBUG", "-fvisibility=hidden", "-fno-semantic-interposition")
+FLAGS: Final = (
+    *("-O2", "-g0", "-w", "-fPIC", "-fwrapv", "-DNDEBUG"),
+    *("-fvisibility=hidden", "-fno-semantic-interposition"),
+)
 """Without the last two every call between modules goes through a table: the core is 6 % slower."""
-
-OPTIMISATION: Final = {COMPILED: "-O2", INSTRUMENTED: "-O1"}
-"""-O2 takes twice as long to compile. An installed core can wait for it; a first ``mmufuzz fuzz`` is waited for."""
 
 # No comparisons (trace-cmp): their hooks are called thousands of times a run, and Cases hold no magic numbers to guess.
 COVERAGE: Final = (
@@ -50,7 +50,7 @@ class Compiler:
     @property
     def flags(self) -> tuple[str, ...]:
         """For every C file; the instrumentation is added where it is wanted."""
-        return (OPTIMISATION[self.kind], *FLAGS) + (ZIG_FLAGS if self.name == "ziglang" else ())
+        return FLAGS + (ZIG_FLAGS if self.name == "ziglang" else ())
 
     @property
     def key(self) -> str:
