@@ -1,36 +1,32 @@
-"""KVM's instruction emulator (emulate.c) and its memory accesses (x86.c:emulator_read_write and below).
+"""KVM's instruction emulator (emulate.c): decoding, and the bus by which the shared executor runs an instruction.
 
-Instruction semantics and the ALU are shared with the hardware side; what is KVM's own is which opcodes it knows, how it
-translates, and what a store sets off.
+Instruction semantics and the ALU are shared with the hardware side; what is KVM's own is which opcodes it knows and how
+it reaches memory (``kvm.emulator_access``).
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from mypy_extensions import mypyc_attr
-
-from mmufuzz.host.memory import ALL_ONES, PAGE_SHIFT, PAGE_SIZE
-from mmufuzz.host.sites import EMUL_ATOMIC, EMUL_FETCH, EMUL_LOAD, EMUL_STORE
-from mmufuzz.kvm.memslots import gfn_to_memslot, gpa_to_hpa
+from mmufuzz.host.memory import PAGE_SIZE
+from mmufuzz.kvm.emulator_access import (
+    EmulationFailed,
+    emulator_cmpxchg_emulated,
+    emulator_read_emulated,
+    emulator_write_emulated,
+    kvm_fetch_guest_virt,
+    set_cr,
+    set_efer,
+)
 from mmufuzz.kvm.opcode_table import as_emulated, can_decode
-from mmufuzz.kvm.role import ACC_USER_MASK, ACC_WRITE_MASK
-from mmufuzz.kvm.root import kvm_mmu_invalidate_addr, kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
-from mmufuzz.kvm.structs import INVALID_GPA, Vcpu
-from mmufuzz.kvm.track import kvm_mmu_track_write
-from mmufuzz.kvm.walker import gva_to_gpa, vcpu_match_mmio_gva
+from mmufuzz.kvm.root import kvm_mmu_invalidate_addr
+from mmufuzz.kvm.structs import Vcpu
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.decode import Truncated, decode
 from mmufuzz.x86.insn import Insn
-from mmufuzz.x86.paging import ACCESS_FETCH, ACCESS_USER, ACCESS_WRITE, permitted
-from mmufuzz.x86.state import CR4_SMEP, EFER_SCE, PFERR_WRITE, VECTOR_GP, VECTOR_PF, Fault, Regs
+from mmufuzz.x86.state import VECTOR_GP, Fault, Regs
 
-CACHE_LINE: Final = 64
 MAX_FETCH: Final = 15
-
-@mypyc_attr(native_class=False)
-class EmulationFailed(Exception):
-    """EMULATION_FAILED: the emulator does not know the instruction."""
 
 
 def x86_page_table_writing_insn(insn: Insn) -> bool:
@@ -57,13 +53,12 @@ def x86_decode_insn(vcpu: Vcpu) -> Insn:
     Raises EmulationFailed for an opcode without entry, Fault for a fetch that the guest must see.
     """
     regs = vcpu.regs
-    bus = EmulatorBus(vcpu)
     in_page = PAGE_SIZE - (regs.rip & PAGE_SIZE - 1)
-    code = bus.fetch(regs, regs.rip, min(MAX_FETCH, in_page))
+    code = kvm_fetch_guest_virt(vcpu, regs.rip, min(MAX_FETCH, in_page))
     try:
         insn = _decode_or_fail(code, regs)
     except Truncated:
-        code += bus.fetch(regs, regs.rip + in_page, MAX_FETCH - in_page)
+        code += kvm_fetch_guest_virt(vcpu, regs.rip + in_page, MAX_FETCH - in_page)
         insn = _decode_or_fail(code, regs)
     if not can_decode(insn):
         raise EmulationFailed
@@ -95,12 +90,7 @@ class EmulatorBus(Bus):
 
     def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
         """x86.c:emulator_read_emulated. A #PF of a read-modify-write carries W (emulate.c:x86_emulate_insn)."""
-        value = 0
-        done = 0
-        for at, count in pages(gva, size, regs.long_mode):
-            gpa = self._mmio_gva_to_gpa(at, 0, PFERR_WRITE if rmw else 0)
-            value |= self._read_page(gpa, count) << (done << 3)
-            done += count
+        value = emulator_read_emulated(self.vcpu, gva, size, rmw)
         if not self.complete:
             raise EmulationFailed
         if locked:
@@ -109,32 +99,14 @@ class EmulatorBus(Bus):
 
     def store(self, regs: Regs, gva: int, size: int, value: int, locked: bool) -> None:
         """emulate.c:writeback: a plain store, or emulator_cmpxchg_emulated after a locked load."""
-        if locked and self._cmpxchg(gva, size, value):
-            return
-        done = 0
-        for at, count in pages(gva, size, regs.long_mode):
-            part = value >> (done << 3) & (1 << (count << 3)) - 1
-            gpa = self._mmio_gva_to_gpa(at, ACCESS_WRITE, 0)
-            self._write_page(gpa, count, part)
-            done += count
+        if not locked:
+            emulator_write_emulated(self.vcpu, gva, size, value)
+        elif not emulator_cmpxchg_emulated(self.vcpu, gva, size, self.expected, value):
+            self.cmpxchg_failed = True
 
     def fetch(self, regs: Regs, gva: int, size: int) -> bytes:
         """x86.c:kvm_fetch_guest_virt."""
-        return self._read_code(self._translate(gva, ACCESS_FETCH, 0), size)
-
-    def read_std(self, regs: Regs, gva: int, size: int) -> bytes:
-        """x86.c:kvm_read_guest_virt: bytes as data, page by page."""
-        code = b""
-        for at, count in pages(gva, size, regs.long_mode):
-            code += self._read_code(self._translate(at, 0, 0), count)
-        return code
-
-    def _read_code(self, gpa: int, size: int) -> bytes:
-        if gfn_to_memslot(self.vcpu.kvm, gpa >> PAGE_SHIFT) is None:
-            raise EmulationFailed
-        thread = self.vcpu.kvm.host.current
-        thread.host.point(EMUL_FETCH)
-        return thread.peek_bytes(gpa_to_hpa(gpa), size).to_bytes(size, "little")
+        return kvm_fetch_guest_virt(self.vcpu, gva, size)
 
     def fence(self, regs: Regs) -> None:
         """Not reached: the emulator has no fences."""
@@ -157,147 +129,3 @@ class EmulatorBus(Bus):
         """x86.c:kvm_emulate_halt."""
         self.vcpu.userspace_exits.append("hlt")
         self.vcpu.progress += 1
-
-    def _mmio_gva_to_gpa(self, gva: int, access: int, extra_error: int) -> int:
-        """x86.c:vcpu_mmio_gva_to_gpa: the page of the last MMIO access needs no walk; raises the guest's #PF."""
-        vcpu = self.vcpu
-        if vcpu_match_mmio_gva(vcpu, gva):
-            cached = vcpu.mmio_access
-            user = ACCESS_USER if vcpu.regs.cpl == 3 else 0
-            writable = cached & ACC_WRITE_MASK != 0
-            if permitted(vcpu.paging, writable, cached & ACC_USER_MASK != 0, False, access | user):
-                return vcpu.mmio_gfn << PAGE_SHIFT | gva & PAGE_SIZE - 1
-        return self._translate(gva, access, extra_error)
-
-    def _translate(self, gva: int, access: int, extra_error: int) -> int:
-        """mmu->gva_to_gpa of walk_mmu; raises the guest's #PF."""
-        vcpu = self.vcpu
-        if vcpu.regs.cpl == 3:
-            access |= ACCESS_USER
-        gpa, error_code = gva_to_gpa(vcpu, gva, access)
-        if gpa == INVALID_GPA:
-            raise Fault(VECTOR_PF, error_code | extra_error, gva)
-        if gfn_to_memslot(vcpu.kvm, gpa >> PAGE_SHIFT) is not None:
-            vcpu.kvm.observer.guest_access(vcpu.index, gva, gpa_to_hpa(gpa), access, True)
-        return gpa
-
-    def _read_page(self, gpa: int, size: int) -> int:
-        """x86.c:emulator_read_write_onepage, reading: no slot means MMIO, which reads as zero here."""
-        if gfn_to_memslot(self.vcpu.kvm, gpa >> PAGE_SHIFT) is None:
-            self._mmio_exit("read", gpa)
-            return 0
-        thread = self.vcpu.kvm.host.current
-        value = 0
-        done = 0
-        for at, count in words(gpa_to_hpa(gpa), size):
-            value |= thread.load(EMUL_LOAD, at, count) << (done << 3)
-            done += count
-        return value
-
-    def _write_page(self, gpa: int, size: int, value: int) -> None:
-        """x86.c:emulator_write_phys: store, then tell the shadow MMU. No slot, or a read-only one: an MMIO exit."""
-        kvm = self.vcpu.kvm
-        slot = gfn_to_memslot(kvm, gpa >> PAGE_SHIFT)
-        if slot is None or slot.readonly:
-            self._mmio_exit("write", gpa)
-            return
-        thread = kvm.host.current
-        done = 0
-        for at, count in words(gpa_to_hpa(gpa), size):
-            thread.store(EMUL_STORE, at, value >> (done << 3) & (1 << (count << 3)) - 1, count)
-            done += count
-        kvm_mmu_track_write(self.vcpu, gpa, size)
-
-    def _cmpxchg(self, gva: int, size: int, value: int) -> bool:
-        """x86.c:emulator_cmpxchg_emulated; False where KVM falls back to a plain write.
-
-        One reason is a cache line crossed: the host has split-lock detection, so the access would raise #AC there.
-        """
-        kvm = self.vcpu.kvm
-        if size > 8 or size & (size - 1):
-            return False
-        gpa, _ = gva_to_gpa(self.vcpu, gva, ACCESS_WRITE | (ACCESS_USER if self.vcpu.regs.cpl == 3 else 0))
-        if gpa == INVALID_GPA or (gpa & CACHE_LINE - 1) + size > CACHE_LINE:
-            return False
-        slot = gfn_to_memslot(kvm, gpa >> PAGE_SHIFT)
-        if slot is None or slot.readonly:
-            return False
-        kvm.mark("emulate.cmpxchg")
-        if self._locked_cmpxchg(gpa_to_hpa(gpa), size, value):
-            kvm_mmu_track_write(self.vcpu, gpa, size)
-        else:
-            kvm.mark("emulate.cmpxchg_failed")
-            self.cmpxchg_failed = True
-        return True
-
-    def _locked_cmpxchg(self, hpa: int, size: int, value: int) -> bool:
-        """LOCK CMPXCHG by the host, on one or two words; one visible operation."""
-        thread = self.vcpu.kvm.host.current
-        pieces = words(hpa, size)
-        found = thread.atomic_load(EMUL_ATOMIC, pieces[0][0], pieces[0][1])
-        done = pieces[0][1]
-        for at, count in pieces[1:]:
-            found |= thread.peek(at, count) << (done << 3)
-            done += count
-        if found != self.expected:
-            return False
-        done = 0
-        for at, count in pieces:
-            thread.store_now(at, value >> (done << 3) & (1 << (count << 3)) - 1, count)
-            done += count
-        return True
-
-    def _mmio_exit(self, what: str, gpa: int) -> None:
-        """KVM_EXIT_MMIO; the modelled userspace has no device there.
-
-        The access is a visible operation like one to memory, so that a REP instruction on MMIO meets the event limit.
-        """
-        self.vcpu.kvm.host.point(EMUL_STORE if what == "write" else EMUL_LOAD)
-        self.vcpu.userspace_exits.append(f"mmio {what} {gpa:#x}")
-        self.vcpu.kvm.mark("exit_userspace.mmio")
-
-
-def set_cr(vcpu: Vcpu, number: int, value: int) -> bool:
-    """MOV to CR ``number`` (0, 3 or 4), by exit or emulated; False asks for #GP(0)."""
-    if number == 0:
-        return kvm_set_cr0(vcpu, value)
-    if number == 3:
-        done = kvm_set_cr3(vcpu, value)
-        flushes = True
-    else:
-        # Of the changes KVM lets pass, setting SMEP invalidates (SDM vol. 3, 4.10.4.1).
-        flushes = value & ~vcpu.regs.cr4 & CR4_SMEP != 0
-        done = kvm_set_cr4(vcpu, value)
-    if done and flushes:
-        vcpu.kvm.observer.guest_invalidated(vcpu.index, -1)
-    return done
-
-
-def set_efer(regs: Regs, value: int) -> None:
-    """x86.c:set_efer, of which only EFER.SCE is modelled: what would change the MMU's role is #GP(0)."""
-    if (value ^ regs.efer) & ~EFER_SCE:
-        raise Fault(VECTOR_GP, 0)
-    regs.efer = value
-
-
-def pages(gva: int, size: int, long_mode: bool) -> list[tuple[int, int]]:
-    """The pieces of an access by page: (address, bytes). Addresses wrap at 2^64, outside 64-bit mode at 2^32."""
-    first = PAGE_SIZE - (gva & PAGE_SIZE - 1)
-    if size <= first:
-        return [(gva, size)]
-    return [(gva, first), (gva + first & (ALL_ONES if long_mode else 0xFFFF_FFFF), size - first)]
-
-
-def words(address: int, size: int) -> list[tuple[int, int]]:
-    """The pieces of an access by aligned 64-bit word, each of 1, 2, 4 or 8 bytes."""
-    if size in (1, 2, 4, 8) and (address & 7) + size <= 8:
-        return [(address, size)]
-    pieces = []
-    while size:
-        count = 8
-        while count > size or address & (count - 1):
-            count >>= 1
-        pieces.append((address, count))
-        address += count
-        size -= count
-    return pieces

@@ -17,7 +17,7 @@ from mmufuzz.host.sites import (
     SPTE_ATOMIC,
     SPTE_WALK,
 )
-from mmufuzz.kvm.emulate import pages, set_efer, words
+from mmufuzz.kvm.emulator_access import pages, set_efer, words
 from mmufuzz.kvm.role import role_level
 from mmufuzz.kvm.structs import Vcpu
 from mmufuzz.x86.bus import Bus

@@ -6,7 +6,7 @@ from mmufuzz.case.model import ZAP_ALL_FAST
 from mmufuzz.host.sites import MB, MODE_LOAD, MODE_STORE, REQUESTS_LOAD, VCPU_ENTRY, VCPU_EXIT
 from mmufuzz.host.thread import Body
 from mmufuzz.kvm.counters import RETRY_ENTRY, STALL_BLOCK, stall_class
-from mmufuzz.kvm.emulate import set_cr
+from mmufuzz.kvm.emulator_access import set_cr
 from mmufuzz.kvm.fault import EMULATE, RESUME, kvm_ack_ipi_if_sent, kvm_mmu_page_fault
 from mmufuzz.kvm.guest import (
     EXIT_CR,

@@ -14,12 +14,8 @@ from mmufuzz.kvm.counters import (
     RETRY_TABLE_WRITE,
     RETRY_TO_TABLE,
 )
-from mmufuzz.kvm.emulate import (
-    EmulationFailed,
-    EmulatorBus,
-    x86_decode_insn,
-    x86_page_table_writing_insn,
-)
+from mmufuzz.kvm.emulate import EmulatorBus, x86_decode_insn, x86_page_table_writing_insn
+from mmufuzz.kvm.emulator_access import EmulationFailed, kvm_read_guest_virt
 from mmufuzz.kvm.fault import (
     EMULTYPE_ALLOW_RETRY_PF,
     EMULTYPE_TRAP_UD,
@@ -47,7 +43,7 @@ def handle_ud(vcpu: Vcpu) -> int:
     """x86.c:handle_ud: a #UD exit; the forced-emulation prefix sends the instruction behind it to the emulator."""
     emultype = EMULTYPE_TRAP_UD
     try:
-        signature = EmulatorBus(vcpu).read_std(vcpu.regs, vcpu.regs.rip, len(FORCED_EMULATION_PREFIX))
+        signature = kvm_read_guest_virt(vcpu, vcpu.regs.rip, len(FORCED_EMULATION_PREFIX))
         if signature == FORCED_EMULATION_PREFIX:
             vcpu.kvm.mark("emulate.forced")
             vcpu.regs.rip += len(FORCED_EMULATION_PREFIX)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from machines import CODE, CODE2, DATA, NOWHERE, NX, PAGE, A, D, P, U, W, flat32, gva, long4, run, usual
 
-from mmufuzz.kvm.emulate import pages, words
+from mmufuzz.kvm.emulator_access import pages, words
 from mmufuzz.kvm.guest import EXIT_DONE
 from mmufuzz.x86.asm import assemble
 from mmufuzz.x86.state import CR0_WP, PFERR_FETCH, PFERR_WRITE, VECTOR_GP, VECTOR_PF, VECTOR_UD

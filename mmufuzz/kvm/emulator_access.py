@@ -1,0 +1,229 @@
+"""The emulator's accesses to guest memory and control registers (x86.c:emulate_ops and what it calls).
+
+How an address is translated, what a store sets off, and what becomes of an access to no memory.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mypy_extensions import mypyc_attr
+
+from mmufuzz.host.memory import ALL_ONES, PAGE_SHIFT, PAGE_SIZE
+from mmufuzz.host.sites import EMUL_ATOMIC, EMUL_FETCH, EMUL_LOAD, EMUL_STORE
+from mmufuzz.kvm.memslots import gfn_to_memslot, gpa_to_hpa
+from mmufuzz.kvm.role import ACC_USER_MASK, ACC_WRITE_MASK
+from mmufuzz.kvm.root import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
+from mmufuzz.kvm.structs import INVALID_GPA, Vcpu
+from mmufuzz.kvm.track import kvm_mmu_track_write
+from mmufuzz.kvm.walker import gva_to_gpa, vcpu_match_mmio_gva
+from mmufuzz.x86.paging import ACCESS_FETCH, ACCESS_USER, ACCESS_WRITE, permitted
+from mmufuzz.x86.state import CR4_SMEP, EFER_SCE, PFERR_WRITE, VECTOR_GP, VECTOR_PF, Fault, Regs
+
+CACHE_LINE: Final = 64
+
+
+@mypyc_attr(native_class=False)
+class EmulationFailed(Exception):
+    """X86EMUL_UNHANDLEABLE, EMULATION_FAILED: the emulator cannot do it."""
+
+
+def emulator_read_emulated(vcpu: Vcpu, gva: int, size: int, written: bool) -> int:
+    """x86.c:emulator_read_write, reading, page by page.
+
+    A #PF of an operand that will be ``written`` carries W (emulate.c:x86_emulate_insn).
+    """
+    value = 0
+    done = 0
+    for at, count in pages(gva, size, vcpu.regs.long_mode):
+        gpa = vcpu_mmio_gva_to_gpa(vcpu, at, 0, PFERR_WRITE if written else 0)
+        value |= _read_onepage(vcpu, gpa, count) << (done << 3)
+        done += count
+    return value
+
+
+def emulator_write_emulated(vcpu: Vcpu, gva: int, size: int, value: int) -> None:
+    """x86.c:emulator_read_write, writing: page 1 is written before page 2 is translated."""
+    done = 0
+    for at, count in pages(gva, size, vcpu.regs.long_mode):
+        part = value >> (done << 3) & (1 << (count << 3)) - 1
+        gpa = vcpu_mmio_gva_to_gpa(vcpu, at, ACCESS_WRITE, 0)
+        emulator_write_phys(vcpu, gpa, count, part)
+        done += count
+
+
+def kvm_fetch_guest_virt(vcpu: Vcpu, gva: int, size: int) -> bytes:
+    """x86.c:kvm_fetch_guest_virt: ``size`` code bytes in one page. EmulationFailed where there is no memory."""
+    return _read_bytes(vcpu, translate(vcpu, gva, ACCESS_FETCH, 0), size)
+
+
+def kvm_read_guest_virt(vcpu: Vcpu, gva: int, size: int) -> bytes:
+    """x86.c:kvm_read_guest_virt: bytes as data, page by page. EmulationFailed where there is no memory."""
+    data = b""
+    for at, count in pages(gva, size, vcpu.regs.long_mode):
+        data += _read_bytes(vcpu, translate(vcpu, at, 0, 0), count)
+    return data
+
+
+def _read_bytes(vcpu: Vcpu, gpa: int, size: int) -> bytes:
+    if gfn_to_memslot(vcpu.kvm, gpa >> PAGE_SHIFT) is None:
+        raise EmulationFailed
+    thread = vcpu.kvm.host.current
+    thread.host.point(EMUL_FETCH)
+    return thread.peek_bytes(gpa_to_hpa(gpa), size).to_bytes(size, "little")
+
+
+def vcpu_mmio_gva_to_gpa(vcpu: Vcpu, gva: int, access: int, extra_error: int) -> int:
+    """x86.c:vcpu_mmio_gva_to_gpa: the page of the last MMIO access needs no walk; raises the guest's #PF."""
+    if vcpu_match_mmio_gva(vcpu, gva):
+        cached = vcpu.mmio_access
+        user = ACCESS_USER if vcpu.regs.cpl == 3 else 0
+        writable = cached & ACC_WRITE_MASK != 0
+        if permitted(vcpu.paging, writable, cached & ACC_USER_MASK != 0, False, access | user):
+            return vcpu.mmio_gfn << PAGE_SHIFT | gva & PAGE_SIZE - 1
+    return translate(vcpu, gva, access, extra_error)
+
+
+def translate(vcpu: Vcpu, gva: int, access: int, extra_error: int) -> int:
+    """mmu->gva_to_gpa of walk_mmu for ``access`` at the guest's CPL; raises the guest's #PF."""
+    if vcpu.regs.cpl == 3:
+        access |= ACCESS_USER
+    gpa, error_code = gva_to_gpa(vcpu, gva, access)
+    if gpa == INVALID_GPA:
+        raise Fault(VECTOR_PF, error_code | extra_error, gva)
+    if gfn_to_memslot(vcpu.kvm, gpa >> PAGE_SHIFT) is not None:
+        vcpu.kvm.observer.guest_access(vcpu.index, gva, gpa_to_hpa(gpa), access, True)
+    return gpa
+
+
+def _read_onepage(vcpu: Vcpu, gpa: int, size: int) -> int:
+    """x86.c:emulator_read_write_onepage, reading: no slot means MMIO, which reads as zero here."""
+    if gfn_to_memslot(vcpu.kvm, gpa >> PAGE_SHIFT) is None:
+        _mmio_exit(vcpu, "read", gpa)
+        return 0
+    thread = vcpu.kvm.host.current
+    value = 0
+    done = 0
+    for at, count in words(gpa_to_hpa(gpa), size):
+        value |= thread.load(EMUL_LOAD, at, count) << (done << 3)
+        done += count
+    return value
+
+
+def emulator_write_phys(vcpu: Vcpu, gpa: int, size: int, value: int) -> None:
+    """x86.c:emulator_write_phys: store, then tell the shadow MMU. No slot, or a read-only one: an MMIO exit."""
+    kvm = vcpu.kvm
+    slot = gfn_to_memslot(kvm, gpa >> PAGE_SHIFT)
+    if slot is None or slot.readonly:
+        _mmio_exit(vcpu, "write", gpa)
+        return
+    thread = kvm.host.current
+    done = 0
+    for at, count in words(gpa_to_hpa(gpa), size):
+        thread.store(EMUL_STORE, at, value >> (done << 3) & (1 << (count << 3)) - 1, count)
+        done += count
+    kvm_mmu_track_write(vcpu, gpa, size)
+
+
+def emulator_cmpxchg_emulated(vcpu: Vcpu, gva: int, size: int, expected: int, value: int) -> bool:
+    """x86.c:emulator_cmpxchg_emulated: False is X86EMUL_CMPXCHG_FAILED, somebody else changed the operand.
+
+    Falls back to a plain write, one reason being a cache line crossed: the host has split-lock detection, so the access
+    would raise #AC there.
+    """
+    kvm = vcpu.kvm
+    gpa = _cmpxchg_gpa(vcpu, gva, size)
+    if gpa == INVALID_GPA:
+        emulator_write_emulated(vcpu, gva, size, value)
+        return True
+    kvm.mark("emulate.cmpxchg")
+    if not _locked_cmpxchg(vcpu, gpa_to_hpa(gpa), size, expected, value):
+        kvm.mark("emulate.cmpxchg_failed")
+        return False
+    kvm_mmu_track_write(vcpu, gpa, size)
+    return True
+
+
+def _cmpxchg_gpa(vcpu: Vcpu, gva: int, size: int) -> int:
+    """Where emulator_cmpxchg_emulated can use a locked operation of the host, or INVALID_GPA."""
+    if size > 8 or size & (size - 1):
+        return INVALID_GPA
+    gpa, _ = gva_to_gpa(vcpu, gva, ACCESS_WRITE | (ACCESS_USER if vcpu.regs.cpl == 3 else 0))
+    if gpa == INVALID_GPA or (gpa & CACHE_LINE - 1) + size > CACHE_LINE:
+        return INVALID_GPA
+    slot = gfn_to_memslot(vcpu.kvm, gpa >> PAGE_SHIFT)
+    return INVALID_GPA if slot is None or slot.readonly else gpa
+
+
+def _locked_cmpxchg(vcpu: Vcpu, hpa: int, size: int, expected: int, value: int) -> bool:
+    """LOCK CMPXCHG by the host, on one or two words; one visible operation."""
+    thread = vcpu.kvm.host.current
+    pieces = words(hpa, size)
+    found = thread.atomic_load(EMUL_ATOMIC, pieces[0][0], pieces[0][1])
+    done = pieces[0][1]
+    for at, count in pieces[1:]:
+        found |= thread.peek(at, count) << (done << 3)
+        done += count
+    if found != expected:
+        return False
+    done = 0
+    for at, count in pieces:
+        thread.store_now(at, value >> (done << 3) & (1 << (count << 3)) - 1, count)
+        done += count
+    return True
+
+
+def _mmio_exit(vcpu: Vcpu, what: str, gpa: int) -> None:
+    """KVM_EXIT_MMIO; the modelled userspace has no device there.
+
+    The access is a visible operation like one to memory, so that a REP instruction on MMIO meets the event limit.
+    """
+    vcpu.kvm.host.point(EMUL_STORE if what == "write" else EMUL_LOAD)
+    vcpu.userspace_exits.append(f"mmio {what} {gpa:#x}")
+    vcpu.kvm.mark("exit_userspace.mmio")
+
+
+def set_cr(vcpu: Vcpu, number: int, value: int) -> bool:
+    """MOV to CR ``number`` (0, 3 or 4), by exit or emulated; False asks for #GP(0)."""
+    if number == 0:
+        return kvm_set_cr0(vcpu, value)
+    if number == 3:
+        done = kvm_set_cr3(vcpu, value)
+        flushes = True
+    else:
+        # Of the changes KVM lets pass, setting SMEP invalidates (SDM vol. 3, 4.10.4.1).
+        flushes = value & ~vcpu.regs.cr4 & CR4_SMEP != 0
+        done = kvm_set_cr4(vcpu, value)
+    if done and flushes:
+        vcpu.kvm.observer.guest_invalidated(vcpu.index, -1)
+    return done
+
+
+def set_efer(regs: Regs, value: int) -> None:
+    """x86.c:set_efer, of which only EFER.SCE is modelled: what would change the MMU's role is #GP(0)."""
+    if (value ^ regs.efer) & ~EFER_SCE:
+        raise Fault(VECTOR_GP, 0)
+    regs.efer = value
+
+
+def pages(gva: int, size: int, long_mode: bool) -> list[tuple[int, int]]:
+    """The pieces of an access by page: (address, bytes). Addresses wrap at 2^64, outside 64-bit mode at 2^32."""
+    first = PAGE_SIZE - (gva & PAGE_SIZE - 1)
+    if size <= first:
+        return [(gva, size)]
+    return [(gva, first), (gva + first & (ALL_ONES if long_mode else 0xFFFF_FFFF), size - first)]
+
+
+def words(address: int, size: int) -> list[tuple[int, int]]:
+    """The pieces of an access by aligned 64-bit word, each of 1, 2, 4 or 8 bytes."""
+    if size in (1, 2, 4, 8) and (address & 7) + size <= 8:
+        return [(address, size)]
+    pieces = []
+    while size:
+        count = 8
+        while count > size or address & (count - 1):
+            count >>= 1
+        pieces.append((address, count))
+        address += count
+        size -= count
+    return pieces
