@@ -40,7 +40,7 @@ class Search:
         self.campaign = Campaign(plan, lambda line: None, self.look)
         self.campaign.recorder.on_finding = self.saw
         if not seeds:
-            self.campaign.corpus.cases.clear()
+            self.campaign.corpus.clear()
 
     def saw(self, record: Record) -> None:
         """A finding was saved."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from pathlib import Path
 
 from mmufuzz.campaign.files import InputError, writable_directory, write_atomic
@@ -27,6 +28,9 @@ CASE_HARNESS = "atheris_cases"
 MOST_CASES = 2000
 """Cases that a corpus has in memory."""
 
+QUICK = 1
+"""Level of compression in memory: the records of a schedule, of which it may have a thousand, resemble each other."""
+
 LOAD_LIMIT = 4000
 """Files read from one directory: a corpus is a starting point, not an archive."""
 
@@ -34,42 +38,58 @@ LOAD_LIMIT = 4000
 class Corpus:
     """The Cases a campaign starts from and grows, and the counters they reach.
 
-    ``directory`` None keeps everything in memory. There, at most ``MOST_CASES`` are kept: of those chosen most often
-    the oldest makes room. On disk there are never more than there are counters and classes of hits.
+    ``directory`` None keeps everything in memory. There, at most ``MOST_CASES`` are kept, packed: of those chosen most
+    often the oldest makes room. On disk there are never more than there are counters and classes of hits.
     """
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = writable_directory(directory) if directory is not None else None
-        self.cases: list[Case] = []
+        self._packed: list[bytes] = []
+        """The bytes form of each Case, compressed: what a campaign has resident must not grow with what it keeps."""
         self._chosen: list[int] = []
         """How often each was chosen."""
         self.reached = Reached()
         self.added = 0
         """Files written."""
 
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def at(self, index: int) -> Case:
+        """The Case at ``index``, in the order in which they came."""
+        return case_bytes.decode(zlib.decompress(self._packed[index]))
+
     def add(self, case: Case) -> None:
         """Add ``case`` in memory."""
-        if len(self.cases) >= MOST_CASES:
+        self._add(case_bytes.encode(case))
+
+    def clear(self) -> None:
+        """Forget the Cases in memory."""
+        self._packed.clear()
+        self._chosen.clear()
+
+    def _add(self, data: bytes) -> None:
+        if len(self._packed) >= MOST_CASES:
             worn = self._chosen.index(max(self._chosen))
-            del self.cases[worn]
+            del self._packed[worn]
             del self._chosen[worn]
-        self.cases.append(case)
+        self._packed.append(zlib.compress(data, QUICK))
         self._chosen.append(0)
 
     def choose(self, rng: Rng) -> Case:
         """A Case to go on from: of two random ones the one that was chosen less often."""
-        one = rng.below(len(self.cases))
-        other = rng.below(len(self.cases))
+        one = rng.below(len(self))
+        other = rng.below(len(self))
         if self._chosen[other] < self._chosen[one]:
             one = other
         self._chosen[one] += 1
-        return self.cases[one]
+        return self.at(one)
 
     def keep(self, case: Case) -> None:
         """Add ``case``, on disk too."""
-        self.add(case)
+        data = case_bytes.encode(case)
+        self._add(data)
         if self.directory is not None:
-            data = case_bytes.encode(case)
             path = self.directory / f"{hashlib.sha256(data).hexdigest()[:16]}{SUFFIX}"
             if not path.exists():
                 write_atomic(path, data)

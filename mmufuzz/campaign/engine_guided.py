@@ -69,11 +69,12 @@ class GuidedEngine:
 
     def _starting_points(self) -> list[Case]:
         """What the corpus holds, or a sample of it: to run all of a big one would take all the time there is."""
-        pool = self.recorder.corpus.cases[:]
+        corpus = self.recorder.corpus
+        pool = list(range(len(corpus)))
         rng = self.rng.fork()
         while len(pool) > STARTING_POINTS:
             pool.pop(rng.below(len(pool)))
-        return pool
+        return [corpus.at(index) for index in pool]
 
     def _over(self) -> bool:
         self.tick()
@@ -83,7 +84,7 @@ class GuidedEngine:
         """The Case to try: a fresh one, or a change to one that was worth keeping."""
         rng = self.rng.fork()
         corpus = self.recorder.corpus
-        if not corpus.cases or rng.chance(FRESH, 100):
+        if len(corpus) == 0 or rng.chance(FRESH, 100):
             case = generate(self.fresh.fork())
         elif rng.chance(1, 4):
             case = splice(rng, corpus.choose(rng), corpus.choose(rng))

@@ -60,7 +60,7 @@ _ADDRESSED: Final = (op.METHOD_RM, op.METHOD_MEM, op.METHOD_XMM_RM, op.METHOD_MM
 
 _VEX_PREFIXES: Final = [op.PREFIX_NONE, op.PREFIX_66, op.PREFIX_F3, op.PREFIX_F2]
 
-_CACHE_LIMIT: Final = 4096
+_CACHE_LIMIT: Final = 1024
 _cache64: Final[dict[bytes, Insn]] = {}
 _cache32: Final[dict[bytes, Insn]] = {}
 _cache16: Final[dict[bytes, Insn]] = {}

@@ -169,14 +169,14 @@ def test_what_two_processes_reached_adds_up() -> None:
 def test_a_corpus_in_memory_is_bounded_and_the_most_worn_case_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmufuzz.campaign.corpus, "MOST_CASES", 3)
     corpus = Corpus(None)
-    cases = [replace(CASE, comment=str(number)) for number in range(4)]
+    cases = [generate(Rng(seed)) for seed in range(4)]
     for case in cases[:3]:
         corpus.add(case)
     chosen = [corpus.choose(Rng(seed)) for seed in range(40)]
     assert {chosen.count(case) for case in cases[:3]} <= {12, 13, 14, 15}
     worn = max(cases[:3], key=chosen.count)
     corpus.add(cases[3])
-    assert corpus.cases == [case for case in cases if case is not worn]
+    assert [corpus.at(index) for index in range(3)] == [case for case in cases if case is not worn]
 
 
 def test_files_of_a_directory_come_in_order(tmp_path: Path) -> None:
@@ -398,7 +398,7 @@ def test_a_case_gets_more_schedules_while_its_kinds_of_races_are_rare(
     # So many while the Case's critical cycles are rare, fewer afterwards.
     assert SCHEDULES + 1 < recorder.tally.schedules / recorder.tally.cases < RARE_SCHEDULES + 2
     start = recorder.tally.schedules
-    kept = len(recorder.corpus.cases)
+    kept = len(recorder.corpus)
     engine.aims.tried = dict.fromkeys(engine.aims.tried, 10**6)
     engine.budget = Budget(None, 300)
     engine.run()
