@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -88,3 +89,31 @@ def test_a_failure_inside_mmufuzz_is_a_finding_about_mmufuzz() -> None:
     finding = outcome.findings[0]
     assert finding.kind == HARNESS_ERROR
     assert finding.fingerprint.startswith("ZeroDivisionError in ") and finding.fingerprint.endswith(".hold")
+
+
+@pytest.mark.parametrize(
+    ("case", "strategy"),
+    [
+        (flat32("mov dword [eax], 5"), None),
+        (flat32("jmp -2", event_limit=500), None),
+        (replace(flat32("mov dword [eax], 5"), host=(HostThread(("zap_all_fast",)),)), Broken()),
+    ],
+    ids=["finished", "cut short", "failed"],
+)
+def test_a_run_leaves_nothing_for_the_garbage_collector(case: Case, strategy: Strategy | None) -> None:
+    gc.collect()
+    run(case, strategy)
+    assert gc.collect() == 0
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_run_leaves_the_garbage_collector_as_it_was(enabled: bool) -> None:
+    was_enabled = gc.isenabled()
+    try:
+        gc.enable() if enabled else gc.disable()
+        run(flat32("nop"))
+        with pytest.raises(CaseError):
+            run(replace(flat32("nop"), kernel="v9.9"))
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable() if was_enabled else gc.disable()

@@ -170,6 +170,12 @@ class Host(Scheduler):
                 if not thread.greenlet.dead:
                     thread.greenlet.throw(GreenletExit)
 
+    def dismantle(self) -> None:
+        """Let go of what refers back to this host; nothing may be asked of it afterwards."""
+        self._current = _NOBODY
+        self.threads.clear()
+        self.locks.clear()
+
     def stop(self, status: int) -> None:
         """End the run from inside a thread."""
         self.status = status
@@ -431,3 +437,7 @@ class Host(Scheduler):
             if not thread.done and thread is not self._current:
                 return False
         return True
+
+
+_NOBODY: Final = Thread(Scheduler(Memory(), False), 0, "", Body())
+"""Stands where a host has no current thread any more."""

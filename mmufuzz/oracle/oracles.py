@@ -122,6 +122,15 @@ class Oracles:
         """``Outcome.period``."""
         return self.sink.period
 
+    def detach(self) -> None:
+        """The machine reports to nobody any more."""
+        kvm = self.kvm
+        kvm.observer = Observer()
+        kvm.memory.watcher = MemoryWatcher()
+        kvm.mmu_lock.watcher = LockWatcher()
+        kvm.slots_lock.watcher = LockWatcher()
+        kvm.host.watcher = BoundaryWatcher()
+
     def at_end(self, status: int) -> None:
         """The run is over with ``status`` (ENDED, DEADLOCK, EVENT_LIMIT or STOPPED): what is judged only at the end.
 

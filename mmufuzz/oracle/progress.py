@@ -13,7 +13,7 @@ from mmufuzz.kvm.counters import ALL_BUT_ONE_WAIT, STATE_AGAIN, STATE_LEFT
 from mmufuzz.kvm.structs import Kvm
 from mmufuzz.oracle.history import History
 from mmufuzz.oracle.sink import Sink
-from mmufuzz.oracle.state import canonical_state
+from mmufuzz.oracle.state import MachineState
 
 CONFIRMATIONS: Final = 4
 """Periods that must repeat the first one exactly."""
@@ -47,7 +47,9 @@ class Progress:
         self._base: list[int] = []
         """Progress of each vCPU where the recorded states begin."""
         self._states: list[tuple[int, ...]] = []
-        self._last_seen: dict[tuple[int, ...], int] = {}
+        self._last_seen: dict[int, int] = {}
+        """Where a state with that hash was last: hashing one costs as much as making it."""
+        self._machine = MachineState(kvm)
         self._trace_at: list[int] = []
         self._marks_at: list[dict[str, int]] = []
         self._exits_at: list[dict[str, int]] = []
@@ -68,20 +70,21 @@ class Progress:
             self._start_over()
             return
         position = len(self._states)
-        state = canonical_state(kvm, self.history.addresses())
+        state = self._machine.state(self.history.addresses())
+        key = hash(state)
         self._states.append(state)
         self._trace_at.append(len(kvm.host.trace))
         self._marks_at.append(kvm.marks.copy())
         self._exits_at.append(kvm.exits.copy())
         if self._period == 0 or self._states[position - self._period] != state:
-            seen = self._last_seen.get(state, -1)
-            self._period = position - seen if seen >= 0 else 0
+            seen = self._last_seen.get(key, -1)
+            self._period = position - seen if seen >= 0 and self._states[seen] == state else 0
             self._since = position
             if self._period:
                 kvm.counters.near(STATE_AGAIN)
         elif position - self._since >= CONFIRMATIONS * self._period:
             self._report(position)
-        self._last_seen[state] = position
+        self._last_seen[key] = position
 
     def _count_waiting(self) -> None:
         """A near miss if the thread that yields is the only one of several that does not wait."""

@@ -7,7 +7,6 @@ from mmufuzz.host.memory import PAGE_SHIFT
 from mmufuzz.host.thread import Thread
 from mmufuzz.kvm.spte import is_last_spte, is_shadow_present, spte_pfn
 from mmufuzz.kvm.structs import FIRST_SHADOW_PFN, INVALID_PFN, Kvm, ShadowPage, Vcpu
-from mmufuzz.x86.state import Regs
 
 _GONE = -2
 _OFFSET = (1 << PAGE_SHIFT) - 1
@@ -47,31 +46,52 @@ class Names:
         return hpa if hpa >> PAGE_SHIFT >= top else self.address(hpa)
 
 
-def canonical_state(kvm: Kvm, changed: list[int]) -> tuple[int, ...]:
-    """The machine as a flat tuple of ints; ``changed`` are the addresses of the guest words that ever changed.
+class MachineState:
+    """What repeated looks at one machine share."""
 
-    Meant for moments when no thread is inside an operation: of a waiting thread only what it waits for is seen.
-    """
-    words = kvm.memory.words
-    names = Names(kvm)
-    state: list[int] = [len(changed)]
-    for address in changed:
-        state.append(words.get(address >> 3, 0))
-    state.append(words.get(kvm.indirect_shadow_pages >> 3, 0))
-    state.append(words.get(kvm.mmu_valid_gen_address >> 3, 0))
-    state.append(words.get(kvm.mmu_lock.address >> 3, 0))
-    state.append(words.get(kvm.slots_lock.address >> 3, 0))
-    state.append(kvm.mmu_valid_gen)
-    state.append(kvm.n_used_mmu_pages)
-    state.append(len(kvm.active_mmu_pages))
-    state.append(len(kvm.zapped_obsolete_pages))
-    for sp in names.pages:
-        _add_page(state, kvm, sp, names)
-    for vcpu in kvm.vcpus:
-        _add_vcpu(state, vcpu, names)
-    for thread in kvm.host.threads:
-        _add_thread(state, kvm, thread, names)
-    return tuple(state)
+    def __init__(self, kvm: Kvm) -> None:
+        self.kvm = kvm
+        self._rest: list[list[int]] = [[] for _ in kvm.vcpus]
+        """``Regs.rest`` of each vCPU, as it was when the vCPU had made the progress in ``_at``."""
+        self._at: list[int] = [-1 for _ in kvm.vcpus]
+
+    def state(self, changed: list[int]) -> tuple[int, ...]:
+        """The machine as a flat tuple of ints; ``changed`` are the addresses of the guest words that ever changed.
+
+        Meant for moments when no thread is inside an operation: of a waiting thread only what it waits for is seen.
+        """
+        kvm = self.kvm
+        words = kvm.memory.words
+        names = Names(kvm)
+        state: list[int] = [len(changed)]
+        for address in changed:
+            state.append(words.get(address >> 3, 0))
+        state.append(words.get(kvm.indirect_shadow_pages >> 3, 0))
+        state.append(words.get(kvm.mmu_valid_gen_address >> 3, 0))
+        state.append(words.get(kvm.mmu_lock.address >> 3, 0))
+        state.append(words.get(kvm.slots_lock.address >> 3, 0))
+        state.append(kvm.mmu_valid_gen)
+        state.append(kvm.n_used_mmu_pages)
+        state.append(len(kvm.active_mmu_pages))
+        state.append(len(kvm.zapped_obsolete_pages))
+        for sp in names.pages:
+            _add_page(state, kvm, sp, names)
+        for vcpu in kvm.vcpus:
+            self._add_registers(state, vcpu)
+            _add_vcpu(state, vcpu, names)
+        for thread in kvm.host.threads:
+            _add_thread(state, kvm, thread, names)
+        return tuple(state)
+
+    def _add_registers(self, state: list[int], vcpu: Vcpu) -> None:
+        """An instruction that did not end may have changed general registers (REP), but no others."""
+        if self._at[vcpu.index] != vcpu.progress:
+            self._at[vcpu.index] = vcpu.progress
+            self._rest[vcpu.index] = vcpu.regs.rest()
+        state.extend(vcpu.regs.gpr)
+        state.append(vcpu.regs.rip)
+        state.append(vcpu.regs.rflags)
+        state.extend(self._rest[vcpu.index])
 
 
 def _add_page(state: list[int], kvm: Kvm, sp: ShadowPage, names: Names) -> None:
@@ -97,7 +117,6 @@ def _add_page(state: list[int], kvm: Kvm, sp: ShadowPage, names: Names) -> None:
 
 def _add_vcpu(state: list[int], vcpu: Vcpu, names: Names) -> None:
     words = vcpu.kvm.memory.words
-    _add_registers(state, vcpu.regs)
     state.append(words.get(vcpu.mode_address >> 3, 0))
     state.append(words.get(vcpu.requests_address >> 3, 0))
     state.append(words.get(vcpu.ipi_address >> 3, 0))
@@ -138,10 +157,6 @@ def _add_queued(state: list[int], queued: tuple[int, int] | None) -> None:
     else:
         state.append(queued[0])
         state.append(queued[1])
-
-
-def _add_registers(state: list[int], regs: Regs) -> None:
-    state.extend(regs.words())
 
 
 def _add_thread(state: list[int], kvm: Kvm, thread: Thread, names: Names) -> None:

@@ -217,8 +217,12 @@ class Regs:
 
     def words(self) -> list[int]:
         """Everything as numbers: equal lists mean equal registers."""
-        words = self.gpr + self.xmm + self.fpr + self.dr
-        words += [self.rip, self.rflags, self.cr0, self.cr2, self.cr3, self.cr4, self.cr8, self.efer, self.cpl]
+        return [*self.gpr, self.rip, self.rflags, *self.rest()]
+
+    def rest(self) -> list[int]:
+        """All but the general registers, RIP and RFLAGS."""
+        words = self.xmm + self.fpr + self.dr
+        words += [self.cr0, self.cr2, self.cr3, self.cr4, self.cr8, self.efer, self.cpl]
         words += [self.fcw, self.fsw, self.ftw, self.mxcsr, self.xcr0, self.pkru]
         words += [self.gdt_base, self.gdt_limit, self.idt_base, self.idt_limit]
         for segment in self.segments:

@@ -10,7 +10,7 @@ from oracle_vms import DATA_GVA, PT_GVA, SPIN, Machine, case, flat32, fstp, load
 from mmufuzz.case.model import ZAP_ALL_FAST, HostThread, Options
 from mmufuzz.host.memory import Pending
 from mmufuzz.host.sites import label_site, label_thread
-from mmufuzz.oracle.state import canonical_state
+from mmufuzz.oracle.state import MachineState
 from mmufuzz.outcome import SUSPECT, Outcome
 from mmufuzz.run import run
 from mmufuzz.x86.tlb import TlbEntry
@@ -80,7 +80,7 @@ def idle() -> Machine:
 
 def state(m: Machine) -> tuple[int, ...]:
     """Its canonical state."""
-    return canonical_state(m.kvm, m.oracles.history.addresses())
+    return MachineState(m.kvm).state(m.oracles.history.addresses())
 
 
 def test_equal_runs_end_in_equal_states() -> None:
