@@ -100,6 +100,8 @@ class GuestBus(Bus):
         self.mmu = HardwareMmu(vcpu.tlb, ShadowTables(vcpu))
         self.system = False
         """The access under way is a supervisor's whatever CPL is."""
+        self.fetch_gva = 0
+        """Where the last fetch was."""
         self.locked: list[tuple[int, int]] = []
         """What the last locked load translated to; the store that completes the operation goes there."""
 
@@ -121,12 +123,20 @@ class GuestBus(Bus):
 
     def translate(self, gva: int, access: int) -> int:
         """hpa of ``gva``; raises Fault for a #PF, which is always intercepted."""
+        hpa = self._translation(gva, access)
+        if hpa < 0:
+            raise Fault(VECTOR_PF, self.mmu.error_code, gva)
+        return hpa
+
+    def _translation(self, gva: int, access: int) -> int:
+        """hpa of ``gva``, or -1 for a #PF with the error code in ``mmu``."""
         vcpu = self.vcpu
         if (vcpu.regs.cpl == 3 and not self.system) or vcpu.guest_mode:
             access |= ACCESS_USER
         mmu = vcpu.mmu
-        hpa = self.mmu.translate(self.hardware_config(), mmu.root_pfn, role_level(mmu.root_role), gva, access)
-        vcpu.kvm.observer.guest_access(vcpu.index, gva, hpa, access, False)
+        hpa = self.mmu.translation(self.hardware_config(), mmu.root_pfn, role_level(mmu.root_role), gva, access)
+        if hpa >= 0:
+            vcpu.kvm.observer.guest_access(vcpu.index, gva, hpa, access, False)
         return hpa
 
     def fill(self, gva: int) -> None:
@@ -184,9 +194,11 @@ class GuestBus(Bus):
                     thread.store(GUEST_STORE, at, part, count)
                 done += count
 
-    def fetch(self, regs: Regs, gva: int, size: int) -> bytes:
-        """Code bytes."""
-        hpa = self.translate(gva, ACCESS_FETCH)
+    def code(self, gva: int, size: int) -> bytes | None:
+        """Code bytes; None for a #PF, with the error code in ``mmu``: too common an end of a fetch for an exception."""
+        hpa = self._translation(gva, ACCESS_FETCH)
+        if hpa < 0:
+            return None
         thread = self.vcpu.thread
         thread.host.point(GUEST_FETCH)
         return thread.peek_bytes(hpa, size).to_bytes(size, "little")
@@ -282,6 +294,8 @@ def run_guest(vcpu: Vcpu, bus: GuestBus) -> VmExit:
         length = 0
         try:
             insn = fetch_insn(vcpu, bus)
+            if insn is None:
+                return VmExit(EXIT_PF, bus.fetch_gva, bus.mmu.error_code)
             length = insn.length
             execute(vcpu.regs, insn, bus)
         except Intercepted as intercepted:
@@ -300,16 +314,23 @@ def run_guest(vcpu: Vcpu, bus: GuestBus) -> VmExit:
         settle_rip(vcpu)
 
 
-def fetch_insn(vcpu: Vcpu, bus: GuestBus) -> Insn:
-    """Fetch and decode at RIP; a second page is fetched only if the instruction reaches it."""
+def fetch_insn(vcpu: Vcpu, bus: GuestBus) -> Insn | None:
+    """Fetch and decode at RIP; a second page is fetched only if the instruction reaches it.
+
+    None for a #PF, at ``bus.fetch_gva``.
+    """
     regs = vcpu.regs
     in_page = PAGE_SIZE - (regs.rip & PAGE_SIZE - 1)
-    code = bus.fetch(regs, regs.rip, min(MAX_INSN, in_page))
+    bus.fetch_gva = regs.rip
+    code = bus.code(regs.rip, min(MAX_INSN, in_page))
+    if code is None:
+        return None
     try:
         return decode(code, regs.long_mode)
     except Truncated:
-        code += bus.fetch(regs, regs.rip + in_page, MAX_INSN - in_page)
-        return decode(code, regs.long_mode)
+        bus.fetch_gva = regs.rip + in_page
+        rest = bus.code(bus.fetch_gva, MAX_INSN - in_page)
+        return None if rest is None else decode(code + rest, regs.long_mode)
 
 
 def deliver(vcpu: Vcpu, vector: int, error_code: int, address: int) -> None:

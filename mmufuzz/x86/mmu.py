@@ -93,16 +93,26 @@ class HardwareMmu:
         # Why the last attempt made no entry. Written last thing before the attempt returns and read at once: loads may
         # switch threads, and whoever runs meanwhile may fill this processor's TLB.
         self._cause = 0
+        self.error_code = 0
+        """Of the last #PF, as long as the processor does nothing else."""
 
     def translate(self, config: PagingConfig, root_pfn: int, root_level: int, gva: int, access: int) -> int:
+        """``translation``, which raises ``Fault`` (#PF, error code, ``gva``)."""
+        hpa = self.translation(config, root_pfn, root_level, gva, access)
+        if hpa < 0:
+            raise Fault(VECTOR_PF, self.error_code, gva)
+        return hpa
+
+    def translation(self, config: PagingConfig, root_pfn: int, root_level: int, gva: int, access: int) -> int:
         """Host-physical address of the byte at ``gva``, by the tables of ``root_level`` at ``root_pfn``.
 
         ``root_level`` is 4 or 5 with 8-byte entries, 2 with 4-byte ones; with PAE paging the PDPTE registers take the
         place of both. ``gva`` is canonical, and has 32 bits where linear addresses are that short.
 
         Sets A, and D for a write, by locked operations; a walk that loses to another writer of the
-        entry starts over, for as long as it takes. Raises ``Fault`` (#PF, error code, ``gva``), after dropping the
-        cached entries for the address, so that a spurious fault does not recur. Without paging the answer is ``gva``.
+        entry starts over, for as long as it takes. Without paging the answer is ``gva``. For a #PF it is -1, with the
+        error code in ``error_code``, after dropping the cached entries for the address, so that a spurious fault does
+        not recur.
         """
         if not config.paging:
             return gva
@@ -120,8 +130,7 @@ class HardwareMmu:
         else:
             cause = denial(config, cached.writable, cached.user, cached.nx, cached.pkey, access)
             if cause and self.spurious:
-                self.tlb.invalidate_on_fault(gva)
-                raise Fault(VECTOR_PF, fault_code(config, access, cause), gva)
+                return self._fault(config, gva, access, cause)
             self.tlb.evict(cached.vpn)
         while True:
             made: TlbEntry | None = None
@@ -137,8 +146,12 @@ class HardwareMmu:
             if start is None or self.spurious:
                 break
             start = None
+        return self._fault(config, gva, access, self._cause)
+
+    def _fault(self, config: PagingConfig, gva: int, access: int, cause: int) -> int:
         self.tlb.invalidate_on_fault(gva)
-        raise Fault(VECTOR_PF, fault_code(config, access, self._cause), gva)
+        self.error_code = fault_code(config, access, cause)
+        return -1
 
     def fill(self, config: PagingConfig, root_pfn: int, root_level: int, gva: int, access: int) -> bool:
         """Speculatively cache the translation of ``gva`` (SDM 4.10.2.3); True if an entry was made.
