@@ -5,7 +5,8 @@ numbers are little-endian.
 
     header      "MMUZ", version (2 bytes), 2 bytes 0, number of records (4 bytes)
     records     type (low 4 bits of byte 0; others are skipped), then by type:
-    OPTIONS     1 kernel, by ``KERNELS`` · 2 memory model · 3 fep · 4..5 n_max_mmu_pages · 8..15 event_limit
+    OPTIONS     1 kernel, by ``KERNELS`` · 2 memory model · 3 fep, and 2 added for decode_to_skip
+                · 4..5 n_max_mmu_pages · 8..15 event_limit · 16..23 tsc
     SLOT        1 readonly · 4..5 base_gfn · 6..7 npages - 1
     WORD        4..5 gfn · 6..7 index · 8..15 value
     VCPU        1 mode · 2 cpl · 4..5 flags, a number of ``FLAGS`` from 1 in each 4 bits · 6..7 cr3 · 8..9 code_gfn
@@ -128,8 +129,9 @@ def encode(case: Case) -> bytes:
     """The bytes of a valid ``case``. ``decode`` gives it back."""
     options = case.options
     kernel = KERNELS.index(case.kernel) if case.kernel in KERNELS else 0
-    sizes = _u16(options.n_max_mmu_pages) + bytes(2) + _u64(options.event_limit)
-    records = [_record(_OPTIONS, kernel, 0 if case.memory_model == TSO else 1, 1 if options.fep else 0, sizes)]
+    sizes = _u16(options.n_max_mmu_pages) + bytes(2) + _u64(options.event_limit) + _u64(options.tsc)
+    switches = options.fep | options.decode_to_skip << 1
+    records = [_record(_OPTIONS, kernel, 0 if case.memory_model == TSO else 1, switches, sizes)]
     for slot in case.slots:
         records.append(_record(_SLOT, 1 if slot.readonly else 0, 0, 0, _u16(slot.base_gfn) + _u16(slot.npages - 1)))
     for gfn in options.write_track:
@@ -205,6 +207,8 @@ class _Reader:
         self.kernel = KERNELS[0]
         self.memory_model = TSO
         self.fep = False
+        self.decode_to_skip = False
+        self.tsc = 0
         self.pages = Options().n_max_mmu_pages
         self.limit = Options().event_limit
         self.slots: list[Slot] = []
@@ -257,6 +261,8 @@ class _Reader:
             self.kernel = KERNELS[data[at + 1] % len(KERNELS)]
             self.memory_model = SC if data[at + 2] & 1 else TSO
             self.fep = data[at + 3] & 1 != 0
+            self.decode_to_skip = data[at + 3] & 2 != 0
+            self.tsc = self.u64(at + 16)
             self.pages = self.u16(at + 4)
             self.limit = self.u64(at + 8)
         elif kind == _HOST:
@@ -306,7 +312,7 @@ class _Reader:
             revert=self.strings(_REVERT),
             apply=self.strings(_APPLY),
             memory_model=self.memory_model,
-            options=Options(self.fep, self.pages, tuple(self.tracked), self.limit),
+            options=Options(self.fep, self.pages, tuple(self.tracked), self.limit, self.decode_to_skip, self.tsc),
             slots=tuple(self.slots),
             memory=tuple(self.words),
             vcpus=self.programs(),

@@ -89,13 +89,17 @@ class Options:
 
     ``fep``: KVM honours the forced-emulation prefix (module parameter force_emulation_prefix). ``n_max_mmu_pages``:
     budget of shadow pages. ``write_track``: gfns that an external user of write tracking protects (as KVMGT does).
-    ``event_limit``: visible operations after which the run is cut short with the verdict "suspect".
+    ``event_limit``: visible operations after which the run is cut short with the verdict "suspect". ``decode_to_skip``:
+    the CPU does not report the length of an instruction that exits (SVM with the module parameter nrips=0), so KVM
+    decodes it to skip it. ``tsc``: the time-stamp counter, at which it stands.
     """
 
     fep: bool = False
     n_max_mmu_pages: int = 64
     write_track: tuple[int, ...] = ()
     event_limit: int = 20000
+    decode_to_skip: bool = False
+    tsc: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from mmufuzz.case.model import (
     Case,
     Expect,
     HostThread,
-    Options,
     Vcpu,
     Word,
 )
@@ -330,8 +329,7 @@ def _change_options(rng: Rng, case: Case) -> Case:
     if not options.write_track:
         tables = tables_of(case)
         tracked = [_pick(rng, tables) if tables and rng.chance(1, 2) else _address(rng, case) >> 12]
-    changed = Options(options.fep, options.n_max_mmu_pages, tuple(tracked), options.event_limit)
-    return replace(case, options=changed)
+    return replace(case, options=replace(options, write_track=tuple(tracked)))
 
 
 # Schedules.

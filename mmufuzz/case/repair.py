@@ -165,7 +165,7 @@ def repair_options(options: Options, slots: Sequence[Slot], vcpus: int) -> Optio
     limit = options.event_limit
     if not 1 <= limit <= MAX_EVENTS:
         limit = limit % (MAX_EVENTS + 1) or default.event_limit
-    return Options(options.fep, pages, tuple(tracked), limit)
+    return Options(options.fep, pages, tuple(tracked), limit, options.decode_to_skip, options.tsc & U64)
 
 
 def repair_vcpus(vcpus: Sequence[Vcpu], slots: Sequence[Slot]) -> tuple[Vcpu, ...]:

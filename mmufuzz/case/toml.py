@@ -288,6 +288,8 @@ def parse_entry(text: str, place: str) -> int:
 def _options(table: _Table) -> Options:
     default = Options()
     fep = table.boolean("fep")
+    decode_to_skip = table.boolean("decode_to_skip")
+    tsc = table.wide("tsc", default.tsc)
     pages = table.integer("n_max_mmu_pages", default.n_max_mmu_pages)
     limit = table.integer("event_limit", default.event_limit)
     tracked: list[int] = []
@@ -296,7 +298,7 @@ def _options(table: _Table) -> Options:
             raise CaseError(f"options.write_track[{len(tracked)}]", f"expected a gfn, got {_describe(value)}")
         tracked.append(value)
     table.finish()
-    return Options(fep, pages, tuple(tracked), limit)
+    return Options(fep, pages, tuple(tracked), limit, decode_to_skip, tsc)
 
 
 def _vcpu(table: _Table) -> Vcpu:

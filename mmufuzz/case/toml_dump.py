@@ -140,6 +140,10 @@ def _options(options: Options) -> list[str]:
         lines.append(f"write_track = [{', '.join([f'{gfn:#x}' for gfn in options.write_track])}]")
     if options.event_limit != default.event_limit:
         lines.append(f"event_limit = {options.event_limit}")
+    if options.decode_to_skip != default.decode_to_skip:
+        lines.append(f"decode_to_skip = {'true' if options.decode_to_skip else 'false'}")
+    if options.tsc != default.tsc:
+        lines.append(f"tsc = {number(options.tsc)}")
     return lines if len(lines) > 2 else []
 
 

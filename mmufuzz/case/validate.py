@@ -209,6 +209,7 @@ def _check_options(options: Options, slots: Sequence[Slot], vcpus: int) -> None:
     least = least_mmu_pages(vcpus)
     _check_range("options.n_max_mmu_pages", pages, least, MAX_MMU_PAGES, "a number of shadow pages")
     _check_range("options.event_limit", options.event_limit, 1, MAX_EVENTS, "a number of events")
+    _check_range("options.tsc", options.tsc, 0, U64, "a 64-bit value")
     _check_count("options.write_track", len(options.write_track), 0, MAX_WRITE_TRACK, "gfns")
     for index in range(len(options.write_track)):
         gfn = options.write_track[index]

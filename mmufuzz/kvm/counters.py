@@ -144,9 +144,12 @@ EXITS: Final = (
     "external-interrupt",
     "page-fault",
     "invalid-opcode",
+    "debug",
     "cr-access",
     "invlpg",
     "hlt",
+    "task-switch",
+    "triple-fault",
     "program-end",
 )
 

@@ -11,6 +11,7 @@ from mypy_extensions import mypyc_attr
 
 from mmufuzz.host.memory import ALL_ONES, PAGE_SHIFT, PAGE_SIZE
 from mmufuzz.host.sites import EMUL_ATOMIC, EMUL_FETCH, EMUL_LOAD, EMUL_STORE
+from mmufuzz.kvm.io import MAX_MMIO_FRAGMENTS, MMIO_PIECE, MmioFragment
 from mmufuzz.kvm.memslots import gfn_to_memslot, gpa_to_hpa
 from mmufuzz.kvm.role import ACC_USER_MASK, ACC_WRITE_MASK
 from mmufuzz.kvm.root import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
@@ -28,49 +29,116 @@ class EmulationFailed(Exception):
     """X86EMUL_UNHANDLEABLE, EMULATION_FAILED: the emulator cannot do it."""
 
 
+@mypyc_attr(native_class=False)
+class IoNeeded(Exception):
+    """X86EMUL_IO_NEEDED: the access waits for userspace (``Vcpu.mmio``), or has no way to get there (``*_std``)."""
+
+
 def emulator_read_emulated(vcpu: Vcpu, gva: int, size: int, written: bool) -> int:
-    """x86.c:emulator_read_write, reading, page by page.
+    """x86.c:emulator_read_write, reading, page by page; raises IoNeeded until userspace has read MMIO.
 
     A #PF of an operand that will be ``written`` carries W (emulate.c:x86_emulate_insn).
     """
+    mmio = vcpu.mmio
+    if mmio.read_completed:
+        mmio.read_completed = False
+        return mmio.value
+    mmio.fragments.clear()
     value = 0
     done = 0
     for at, count in pages(gva, size, vcpu.regs.long_mode):
         gpa = vcpu_mmio_gva_to_gpa(vcpu, at, 0, PFERR_WRITE if written else 0)
-        value |= _read_onepage(vcpu, gpa, count) << (done << 3)
+        value |= _read_onepage(vcpu, gpa, count, done) << (done << 3)
         done += count
+    if mmio.fragments:
+        mmio.value = value
+        _mmio_needed(vcpu, False)
+        raise IoNeeded
     return value
 
 
-def emulator_write_emulated(vcpu: Vcpu, gva: int, size: int, value: int) -> None:
-    """x86.c:emulator_read_write, writing: page 1 is written before page 2 is translated."""
+def emulator_write_emulated(vcpu: Vcpu, gva: int, size: int, value: int, local: bool = False) -> None:
+    """x86.c:emulator_read_write, writing: page 1 is written before page 2 is translated.
+
+    ``local``: the value is in a local variable of the emulator, and not in its context.
+    """
+    mmio = vcpu.mmio
+    mmio.fragments.clear()
     done = 0
     for at, count in pages(gva, size, vcpu.regs.long_mode):
         part = value >> (done << 3) & (1 << (count << 3)) - 1
         gpa = vcpu_mmio_gva_to_gpa(vcpu, at, ACCESS_WRITE, 0)
-        emulator_write_phys(vcpu, gpa, count, part)
+        _write_onepage(vcpu, gpa, count, part, local)
         done += count
+    if mmio.fragments:
+        _mmio_needed(vcpu, True)
+
+
+def _mmio_needed(vcpu: Vcpu, is_write: bool) -> None:
+    """The end of x86.c:emulator_read_write: run->mmio gets the first piece.
+
+    An earlier MMIO write of the same instruction is forgotten, fragments and all.
+    """
+    mmio = vcpu.mmio
+    mmio.needed = True
+    mmio.is_write = is_write
+    mmio.current = 0
+    mmio.prepare_exit(mmio.fragments[0])
 
 
 def kvm_fetch_guest_virt(vcpu: Vcpu, gva: int, size: int) -> bytes:
     """x86.c:kvm_fetch_guest_virt: ``size`` code bytes in one page. EmulationFailed where there is no memory."""
-    return _read_bytes(vcpu, translate(vcpu, gva, ACCESS_FETCH, 0), size)
+    gpa = translate(vcpu, gva, ACCESS_FETCH, 0)
+    if gfn_to_memslot(vcpu.kvm, gpa >> PAGE_SHIFT) is None:
+        raise EmulationFailed
+    return _read_bytes(vcpu, gpa, size)
 
 
 def kvm_read_guest_virt(vcpu: Vcpu, gva: int, size: int) -> bytes:
-    """x86.c:kvm_read_guest_virt: bytes as data, page by page. EmulationFailed where there is no memory."""
+    """x86.c:kvm_read_guest_virt: bytes as data, page by page. IoNeeded where there is no memory."""
     data = b""
     for at, count in pages(gva, size, vcpu.regs.long_mode):
-        data += _read_bytes(vcpu, translate(vcpu, at, 0, 0), count)
+        data += _read_std(vcpu, at, count, False)
     return data
 
 
-def _read_bytes(vcpu: Vcpu, gpa: int, size: int) -> bytes:
+def emulator_read_std(vcpu: Vcpu, gva: int, size: int, system: bool) -> int:
+    """x86.c:emulator_read_std: of descriptors (``system``: a supervisor access) and of table images."""
+    value = 0
+    done = 0
+    for at, count in pages(gva, size, vcpu.regs.long_mode):
+        value |= int.from_bytes(_read_std(vcpu, at, count, system), "little") << (done << 3)
+        done += count
+    return value
+
+
+def _read_std(vcpu: Vcpu, gva: int, size: int, system: bool) -> bytes:
+    """x86.c:kvm_read_guest_virt_helper, one page."""
+    gpa = translate(vcpu, gva, 0, 0, system)
     if gfn_to_memslot(vcpu.kvm, gpa >> PAGE_SHIFT) is None:
-        raise EmulationFailed
+        vcpu.kvm.mark("emulate.io_needed")
+        raise IoNeeded
+    return _read_bytes(vcpu, gpa, size)
+
+
+def _read_bytes(vcpu: Vcpu, gpa: int, size: int) -> bytes:
     thread = vcpu.kvm.host.current
     thread.host.point(EMUL_FETCH)
     return thread.peek_bytes(gpa_to_hpa(gpa), size).to_bytes(size, "little")
+
+
+def emulator_write_std(vcpu: Vcpu, gva: int, size: int, value: int, system: bool) -> None:
+    """x86.c:emulator_write_std, kvm_write_guest_virt_helper: page by page, and without page tracking.
+
+    IoNeeded where there is no memory that can be written.
+    """
+    done = 0
+    for at, count in pages(gva, size, vcpu.regs.long_mode):
+        gpa = translate(vcpu, at, ACCESS_WRITE, 0, system)
+        if not kvm_vcpu_write_guest(vcpu, gpa, count, value >> (done << 3) & (1 << (count << 3)) - 1):
+            vcpu.kvm.mark("emulate.io_needed")
+            raise IoNeeded
+        done += count
 
 
 def vcpu_mmio_gva_to_gpa(vcpu: Vcpu, gva: int, access: int, extra_error: int) -> int:
@@ -84,9 +152,9 @@ def vcpu_mmio_gva_to_gpa(vcpu: Vcpu, gva: int, access: int, extra_error: int) ->
     return translate(vcpu, gva, access, extra_error)
 
 
-def translate(vcpu: Vcpu, gva: int, access: int, extra_error: int) -> int:
-    """mmu->gva_to_gpa of walk_mmu for ``access`` at the guest's CPL; raises the guest's #PF."""
-    if vcpu.regs.cpl == 3:
+def translate(vcpu: Vcpu, gva: int, access: int, extra_error: int, system: bool = False) -> int:
+    """mmu->gva_to_gpa of walk_mmu for ``access`` at the guest's CPL, or as the supervisor; raises the guest's #PF."""
+    if vcpu.regs.cpl == 3 and not system:
         access |= ACCESS_USER
     gpa, error_code = gva_to_gpa(vcpu, gva, access)
     if gpa == INVALID_GPA:
@@ -96,10 +164,10 @@ def translate(vcpu: Vcpu, gva: int, access: int, extra_error: int) -> int:
     return gpa
 
 
-def _read_onepage(vcpu: Vcpu, gpa: int, size: int) -> int:
-    """x86.c:emulator_read_write_onepage, reading: no slot means MMIO, which reads as zero here."""
+def _read_onepage(vcpu: Vcpu, gpa: int, size: int, place: int) -> int:
+    """x86.c:emulator_read_write_onepage, reading: no slot means a fragment for userspace, and 0 for now."""
     if gfn_to_memslot(vcpu.kvm, gpa >> PAGE_SHIFT) is None:
-        _mmio_exit(vcpu, "read", gpa)
+        _add_fragment(vcpu, MmioFragment(gpa, size, place, 0, False))
         return 0
     thread = vcpu.kvm.host.current
     value = 0
@@ -110,19 +178,39 @@ def _read_onepage(vcpu: Vcpu, gpa: int, size: int) -> int:
     return value
 
 
-def emulator_write_phys(vcpu: Vcpu, gpa: int, size: int, value: int) -> None:
-    """x86.c:emulator_write_phys: store, then tell the shadow MMU. No slot, or a read-only one: an MMIO exit."""
-    kvm = vcpu.kvm
-    slot = gfn_to_memslot(kvm, gpa >> PAGE_SHIFT)
+def _write_onepage(vcpu: Vcpu, gpa: int, size: int, value: int, local: bool) -> None:
+    """x86.c:emulator_read_write_onepage, writing: a slot that cannot be written makes a fragment, too."""
+    if not emulator_write_phys(vcpu, gpa, size, value):
+        copied = size <= MMIO_PIECE and vcpu.kvm.fixes.mmio_scratch
+        _add_fragment(vcpu, MmioFragment(gpa, size, 0, value, local and not copied))
+
+
+def _add_fragment(vcpu: Vcpu, fragment: MmioFragment) -> None:
+    mmio = vcpu.mmio
+    full = len(mmio.fragments) >= MAX_MMIO_FRAGMENTS
+    vcpu.kvm.warn_on(full, "emulator_read_write_onepage", "more than KVM_MAX_MMIO_FRAGMENTS fragments")
+    mmio.fragments.append(fragment)
+
+
+def emulator_write_phys(vcpu: Vcpu, gpa: int, size: int, value: int) -> bool:
+    """x86.c:emulator_write_phys: store, then tell the shadow MMU. False if there is no memory that can be written."""
+    if not kvm_vcpu_write_guest(vcpu, gpa, size, value):
+        return False
+    kvm_mmu_track_write(vcpu, gpa, size)
+    return True
+
+
+def kvm_vcpu_write_guest(vcpu: Vcpu, gpa: int, size: int, value: int) -> bool:
+    """kvm_main.c:kvm_vcpu_write_guest, in one page: False if there is no slot, or a read-only one."""
+    slot = gfn_to_memslot(vcpu.kvm, gpa >> PAGE_SHIFT)
     if slot is None or slot.readonly:
-        _mmio_exit(vcpu, "write", gpa)
-        return
-    thread = kvm.host.current
+        return False
+    thread = vcpu.kvm.host.current
     done = 0
     for at, count in words(gpa_to_hpa(gpa), size):
         thread.store(EMUL_STORE, at, value >> (done << 3) & (1 << (count << 3)) - 1, count)
         done += count
-    kvm_mmu_track_write(vcpu, gpa, size)
+    return True
 
 
 def emulator_cmpxchg_emulated(vcpu: Vcpu, gva: int, size: int, expected: int, value: int) -> bool:
@@ -171,16 +259,6 @@ def _locked_cmpxchg(vcpu: Vcpu, hpa: int, size: int, expected: int, value: int) 
         thread.store_now(at, value >> (done << 3) & (1 << (count << 3)) - 1, count)
         done += count
     return True
-
-
-def _mmio_exit(vcpu: Vcpu, what: str, gpa: int) -> None:
-    """KVM_EXIT_MMIO; the modelled userspace has no device there.
-
-    The access is a visible operation like one to memory, so that a REP instruction on MMIO meets the event limit.
-    """
-    vcpu.kvm.host.point(EMUL_STORE if what == "write" else EMUL_LOAD)
-    vcpu.userspace_exits.append(f"mmio {what} {gpa:#x}")
-    vcpu.kvm.mark("exit_userspace.mmio")
 
 
 def set_cr(vcpu: Vcpu, number: int, value: int) -> bool:

@@ -7,6 +7,7 @@ from typing import Final
 from mmufuzz.host.memory import PAGE_SHIFT, PAGE_SIZE
 from mmufuzz.host.sites import MODE_ATOMIC, MODE_STORE
 from mmufuzz.kvm.counters import RET_PF_BLOCK, RETRY_GUARD, RETRY_MMIO, RETRY_STALE, ZAPPED_WALK
+from mmufuzz.kvm.exceptions import kvm_event_needs_reinjection, kvm_inject_emulated_page_fault
 from mmufuzz.kvm.fetch import (
     RET_PF_CONTINUE,
     RET_PF_EMULATE,
@@ -23,10 +24,10 @@ from mmufuzz.kvm.memslots import gfn_to_memslot, gfn_to_pfn
 from mmufuzz.kvm.page import clear_sp_write_flooding_count, read_spte_lockless
 from mmufuzz.kvm.requests import REQ_MMU_FREE_OBSOLETE_ROOTS, kvm_ack_ipi, kvm_test_request
 from mmufuzz.kvm.role import ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, role_level
-from mmufuzz.kvm.root import kvm_mmu_invalidate_addr
 from mmufuzz.kvm.spte import SPTE_MMIO_ACCESS, SPTE_W, is_mmio_spte, is_shadow_present, mmio_spte_gfn, spte_pfn
 from mmufuzz.kvm.structs import INVALID_PFN, OUTSIDE_GUEST_MODE, READING_SHADOW_PAGE_TABLES, Vcpu
-from mmufuzz.kvm.walker import GuestWalker, vcpu_match_mmio_gva, walk_addr
+from mmufuzz.kvm.track import kvm_mmu_unprotect_gfn_and_retry, kvm_mmu_unprotect_page
+from mmufuzz.kvm.walker import GuestWalker, gva_to_gpa, vcpu_match_mmio_gva, walk_addr
 from mmufuzz.kvm.write_track import is_obsolete_sp, kvm_gfn_is_write_tracked
 from mmufuzz.kvm.zap import make_mmu_pages_available
 from mmufuzz.x86.paging import table_index
@@ -37,6 +38,8 @@ EMULTYPE_ALLOW_RETRY_PF: Final = 1 << 1
 EMULTYPE_WRITE_PF_TO_SP: Final = 1 << 2
 EMULTYPE_TRAP_UD: Final = 1 << 3
 EMULTYPE_TRAP_UD_FORCED: Final = 1 << 4
+EMULTYPE_NO_DECODE: Final = 1 << 5
+EMULTYPE_SKIP: Final = 1 << 6
 
 
 class PageFaultResult:
@@ -55,6 +58,8 @@ def kvm_mmu_page_fault(vcpu: Vcpu, gva: int, error_code: int) -> PageFaultResult
     """mmu.c:kvm_mmu_page_fault, up to the call of the emulator."""
     kvm = vcpu.kvm
     emultype = EMULTYPE_PF
+    if not kvm.fixes.retry_rewrite and kvm_event_needs_reinjection(vcpu):
+        _unprotect_page_virt(vcpu, gva)
     if kvm.warn_on(vcpu.mmu.root_pfn == INVALID_PFN, "kvm_mmu_page_fault", "no root"):
         return PageFaultResult(RESUME, 0)
     result = RET_PF_INVALID
@@ -82,6 +87,16 @@ def kvm_mmu_page_fault(vcpu: Vcpu, gva: int, error_code: int) -> PageFaultResult
     return PageFaultResult(EMULATE if result == RET_PF_EMULATE else RESUME, emultype)
 
 
+def _unprotect_page_virt(vcpu: Vcpu, gva: int) -> None:
+    """6.1 to 6.11, mmu.c:kvm_handle_page_fault, kvm_mmu_unprotect_page_virt: for any #PF during event delivery."""
+    if vcpu.mmu.direct:
+        return
+    gpa, _ = gva_to_gpa(vcpu, gva, 0)
+    # Also for INVALID_GPA, which no page shadows.
+    if kvm_mmu_unprotect_page(vcpu.kvm, gpa >> PAGE_SHIFT):
+        vcpu.kvm.mark("unprotect.reinjection")
+
+
 def _before_rewrite(vcpu: Vcpu, gva: int, result: int, emultype: int) -> PageFaultResult:
     """6.1 to 6.11: a write-protected gfn is RET_PF_EMULATE, and every emulation that is not MMIO may be retried."""
     if result not in (RET_PF_EMULATE, RET_PF_WRITE_PROTECTED):
@@ -104,6 +119,9 @@ def kvm_mmu_write_protect_fault(vcpu: Vcpu, gva: int, emultype: int) -> PageFaul
     cached = mmio_info_in_cache(vcpu, gva)
     if kvm.warn_on(cached, "kvm_mmu_write_protect_fault", "write-protected gfn in the MMIO cache"):
         return PageFaultResult(EMULATE, emultype)
+    if not vcpu.mmu.direct and kvm_event_needs_reinjection(vcpu) and kvm_mmu_unprotect_gfn_and_retry(vcpu, gva, False):
+        kvm.mark("unprotect.reinjection")
+        return PageFaultResult(RESUME, 0)
     if not vcpu.guest_mode:
         emultype |= EMULTYPE_ALLOW_RETRY_PF
     return PageFaultResult(EMULATE, emultype)
@@ -114,7 +132,7 @@ def page_fault(vcpu: Vcpu, fault: PageFault) -> int:
     kvm = vcpu.kvm
     walker = walk_addr(vcpu, fault.addr, fault.error_code & ~(PFERR_PRESENT | PFERR_RSVD))
     if walker.failed:
-        inject_page_fault(vcpu, fault.addr, walker.error_code)
+        kvm_inject_emulated_page_fault(vcpu, fault.addr, walker.error_code)
         return RET_PF_RETRY
     fault.gfn = walker.gfn
     fault.level = walker.level
@@ -292,13 +310,6 @@ def is_self_change_mapping(vcpu: Vcpu, walker: GuestWalker, fault: PageFault) ->
         if walker.table_gfn[level] == fault.gfn:
             return True
     return False
-
-
-def inject_page_fault(vcpu: Vcpu, gva: int, error_code: int) -> None:
-    """x86.c:kvm_inject_emulated_page_fault: a #PF whose tables say P=1 first forgets what is cached for ``gva``."""
-    if error_code & PFERR_PRESENT and not error_code & PFERR_RSVD:
-        kvm_mmu_invalidate_addr(vcpu, gva)
-    vcpu.pending_fault = (gva, error_code)
 
 
 def walk_shadow_page_lockless_begin(vcpu: Vcpu) -> None:

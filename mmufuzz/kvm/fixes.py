@@ -29,6 +29,11 @@ REEXECUTE_OPT_IN: Final = "reexecute-opt-in"
 SELF_CHANGE_IN_FETCH: Final = "self-change-in-fetch"
 TRACK_DIRECT_CALL: Final = "page-track-direct-call"
 DUMMY_ROOT: Final = "dummy-root"
+USER_FAILURE_IS_UD: Final = "user-failure-is-ud"
+BREAKPOINT_BEFORE_DECODE: Final = "breakpoint-before-decode"
+NO_SINGLESTEP_ON_FAULT: Final = "no-singlestep-on-fault"
+MMIO_SCRATCH: Final = "mmio-scratch"
+SKIP_FAILS_ON_EXCEPTION: Final = "skip-fails-on-exception"
 
 KERNELS: Final = ("v6.1", "v6.8", "v6.9", "v6.12")
 LATEST: Final = "v6.12"
@@ -183,6 +188,56 @@ FIXES: Final = (
         BENIGN,
         (DUMMY_ROOT,),
         "mmu.c:mmu_alloc_shadow_roots",
+    ),
+    Fix(
+        "user-failure-is-ud",
+        "KVM: x86: Don't report guest userspace emulation error to userspace",
+        "a2b9e6c1a35a, fc3a9157d314",
+        "v6.1",
+        "architecture",
+        (USER_FAILURE_IS_UD,),
+        "x86.c:handle_emulation_failure",
+        "G5",
+    ),
+    Fix(
+        "breakpoint-before-decode",
+        "KVM: x86: avoid calling x86 emulator without a decoded instruction",
+        "fee060cd52d6",
+        "v6.1",
+        "architecture",
+        (BREAKPOINT_BEFORE_DECODE,),
+        "x86.c:x86_emulate_instruction, kvm_vcpu_check_code_breakpoint",
+        "G7",
+    ),
+    Fix(
+        "no-singlestep-on-fault",
+        "KVM: x86: Don't update RIP or do single-step on faulting emulation",
+        "75ee23b30dc7",
+        "v6.1",
+        "livelock",
+        (NO_SINGLESTEP_ON_FAULT,),
+        "x86.c:x86_emulate_instruction",
+        "G8",
+    ),
+    Fix(
+        "mmio-scratch",
+        "KVM: x86: Use scratch field in MMIO fragment to hold small write values",
+        "b5a02d37eb07",
+        "v6.1",
+        "lifetime",
+        (MMIO_SCRATCH,),
+        "x86.c:emulator_read_write_onepage, complete_emulated_mmio",
+        "G9",
+    ),
+    Fix(
+        "skip-fails-on-exception",
+        "KVM: x86: Fail emulation during EMULTYPE_SKIP on any exception",
+        "17122c06b86c",
+        "v6.1",
+        "architecture",
+        (SKIP_FAILS_ON_EXCEPTION,),
+        "x86.c:x86_emulate_instruction",
+        "G10",
     ),
 )
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from mypy_extensions import mypyc_attr
-
-from mmufuzz.case.model import CODE_SLOT
 from mmufuzz.host.memory import PAGE_SIZE
 from mmufuzz.host.sites import (
     GUEST_ATOMIC,
@@ -18,47 +15,44 @@ from mmufuzz.host.sites import (
     SPTE_WALK,
 )
 from mmufuzz.kvm.emulator_access import pages, set_efer, words
+from mmufuzz.kvm.exits import (
+    EXIT_CR,
+    EXIT_DB,
+    EXIT_DONE,
+    EXIT_HLT,
+    EXIT_INTERRUPT,
+    EXIT_INVLPG,
+    EXIT_PF,
+    EXIT_UD,
+    Intercepted,
+    VmExit,
+)
+from mmufuzz.kvm.guest_events import deliver, deliver_event, has_idt, inject_event, settle_rip, software_event
 from mmufuzz.kvm.role import role_level
-from mmufuzz.kvm.structs import Vcpu
+from mmufuzz.kvm.structs import QueuedException, Vcpu
+from mmufuzz.x86.breakpoints import DR7_ENABLED, code_breakpoint
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.decode import Truncated, decode
 from mmufuzz.x86.executor import execute
 from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.mmu import HardwareMmu, HostPhys
 from mmufuzz.x86.paging import ACCESS_FETCH, ACCESS_USER, ACCESS_WRITE, PagingConfig
-from mmufuzz.x86.state import CR0_PG, CR4_SMAP, CR4_SMEP, FLAG_AC, VECTOR_GP, VECTOR_PF, VECTOR_UD, Fault, Regs
-
-# Exit reasons.
-EXIT_INTERRUPT: Final = "external-interrupt"
-EXIT_PF: Final = "page-fault"
-EXIT_UD: Final = "invalid-opcode"
-EXIT_CR: Final = "cr-access"
-EXIT_INVLPG: Final = "invlpg"
-EXIT_HLT: Final = "hlt"
-EXIT_DONE: Final = "program-end"
+from mmufuzz.x86.state import (
+    CR0_PG,
+    CR4_SMAP,
+    CR4_SMEP,
+    DR6_BS,
+    FLAG_AC,
+    FLAG_RF,
+    FLAG_TF,
+    VECTOR_GP,
+    VECTOR_PF,
+    VECTOR_UD,
+    Fault,
+    Regs,
+)
 
 MAX_INSN: Final = 15
-SVM_EXIT_NPF: Final = 0x400
-
-
-class VmExit:
-    """Why guest mode was left. ``a`` and ``b`` qualify it: CR number and value, or address."""
-
-    def __init__(self, reason: str, a: int = 0, b: int = 0) -> None:
-        self.reason = reason
-        self.a = a
-        self.b = b
-        self.length = 0
-        """Bytes of the instruction that exited, where it completes by being skipped."""
-
-
-@mypyc_attr(native_class=False)
-class Intercepted(Exception):
-    """The instruction exits before it completes."""
-
-    def __init__(self, vmexit: VmExit) -> None:
-        super().__init__(vmexit.reason)
-        self.vmexit = vmexit
 
 
 class ShadowTables(HostPhys):
@@ -254,64 +248,61 @@ def _config(key: int) -> PagingConfig:
 _CONFIGS: Final = [_config(key) for key in range(8)]
 
 
-def program_end(vcpu: Vcpu) -> int:
-    """gva behind the last step."""
-    return vcpu.spec.code_gva + CODE_SLOT * len(vcpu.spec.program)
-
-
-def settle_rip(vcpu: Vcpu) -> None:
-    """An instruction ended: where the bytes of its step end, the next step begins."""
-    offset = vcpu.regs.rip - vcpu.spec.code_gva
-    program = vcpu.spec.program
-    step = offset // CODE_SLOT
-    if 0 <= step < len(program) and offset % CODE_SLOT >= len(program[step]):
-        step += 1
-        vcpu.regs.rip = vcpu.spec.code_gva + CODE_SLOT * step
-    if 0 <= step < len(program):
-        vcpu.thread.step = step
-    if vcpu.regs.rip == program_end(vcpu):
-        vcpu.finished = True
-
-
-def next_step(vcpu: Vcpu) -> None:
-    """Leave the current step: what a test kernel's fixup table does after an exception it expects."""
-    step = vcpu.thread.step + 1
-    vcpu.regs.rip = vcpu.spec.code_gva + CODE_SLOT * step
-    if step < len(vcpu.spec.program):
-        vcpu.thread.step = step
-    else:
-        vcpu.finished = True
-
-
 def run_guest(vcpu: Vcpu, bus: GuestBus) -> VmExit:
     """Execute guest code until something exits. Exceptions that KVM does not intercept are delivered natively."""
-    kvm = vcpu.kvm
+    regs = vcpu.regs
+    if vcpu.exception is not None or vcpu.interrupt is not None:
+        vmexit = inject_event(vcpu, bus)
+        if vmexit is not None:
+            return vmexit
     while True:
         if vcpu.thread.peek(vcpu.ipi_address):
             return VmExit(EXIT_INTERRUPT)
         if vcpu.finished:
             return VmExit(EXIT_DONE)
-        length = 0
+        if regs.dr[7] & DR7_ENABLED:
+            hit = code_breakpoint(regs)
+            if hit:
+                return VmExit(EXIT_DB, hit)
+        flags = regs.rflags
+        insn: Insn | None = None
         try:
             insn = fetch_insn(vcpu, bus)
             if insn is None:
                 return VmExit(EXIT_PF, bus.fetch_gva, bus.mmu.error_code)
-            length = insn.length
-            execute(vcpu.regs, insn, bus)
+            execute(regs, insn, bus)
         except Intercepted as intercepted:
-            vmexit = intercepted.vmexit
-            vmexit.length = length
-            return vmexit
+            assert insn is not None
+            intercepted.vmexit.length = insn.length
+            return intercepted.vmexit
         except Fault as fault:
-            if fault.vector == VECTOR_PF:
-                return VmExit(EXIT_PF, fault.address, fault.error_code)
-            if fault.vector == VECTOR_UD and kvm.options.fep:
-                return VmExit(EXIT_UD)
-            deliver(vcpu, fault.vector, fault.error_code, 0)
+            faulted = on_fault(vcpu, bus, insn, fault)
+            if faulted is not None:
+                return faulted
             continue
         vcpu.retired += 1
         vcpu.progress += 1
+        if flags & FLAG_RF and insn.mnemonic != "iret":
+            regs.rflags &= ~FLAG_RF
         settle_rip(vcpu)
+        if flags & FLAG_TF:
+            return VmExit(EXIT_DB, DR6_BS)
+
+
+def on_fault(vcpu: Vcpu, bus: GuestBus, insn: Insn | None, fault: Fault) -> VmExit | None:
+    """An exception of ``insn`` (None: of its fetch): an exit if KVM intercepts it or delivery exits, else delivered."""
+    if fault.vector == VECTOR_PF:
+        vmexit = VmExit(EXIT_PF, fault.address, fault.error_code)
+        if insn is not None:
+            vmexit.event = software_event(insn)
+        return vmexit
+    if fault.vector == VECTOR_UD and vcpu.kvm.options.fep:
+        return VmExit(EXIT_UD)
+    exception = QueuedException(fault.vector, fault.error_code, 0)
+    if has_idt(vcpu):
+        return deliver_event(vcpu, bus, exception, False)
+    deliver(vcpu, exception)
+    return None
 
 
 def fetch_insn(vcpu: Vcpu, bus: GuestBus) -> Insn | None:
@@ -331,17 +322,3 @@ def fetch_insn(vcpu: Vcpu, bus: GuestBus) -> Insn | None:
         bus.fetch_gva = regs.rip + in_page
         rest = bus.code(bus.fetch_gva, MAX_INSN - in_page)
         return None if rest is None else decode(code + rest, regs.long_mode)
-
-
-def deliver(vcpu: Vcpu, vector: int, error_code: int, address: int) -> None:
-    """The guest takes an exception: it is logged, and the guest goes on at its next step."""
-    if vector == VECTOR_PF:
-        if vcpu.guest_mode:
-            vector = SVM_EXIT_NPF  # the nested page fault goes to L1, which resumes L2 behind the instruction
-        else:
-            vcpu.regs.cr2 = address
-        vcpu.kvm.observer.guest_fault(vcpu.index, address, error_code)
-    vcpu.kvm.host.note("guest exception {0} error {1:#x}", vector, error_code)
-    vcpu.exceptions.append((vector, error_code, address, vcpu.regs.rip))
-    vcpu.progress += 1
-    next_step(vcpu)

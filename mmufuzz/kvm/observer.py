@@ -15,8 +15,23 @@ class Observer:
     def guest_fault(self, vcpu: int, gva: int, error_code: int) -> None:
         """The guest is about to receive a #PF."""
 
+    def guest_exception(self, vcpu: int, vector: int) -> None:
+        """The guest is about to receive an exception, a #PF too, at its RIP."""
+
     def guest_invalidated(self, vcpu: int, gva: int) -> None:
         """The guest completed an architectural invalidation: INVLPG of ``gva``, or of everything (-1)."""
+
+    def internal_error(self, vcpu: int) -> None:
+        """KVM gives up with KVM_EXIT_INTERNAL_ERROR."""
+
+    def instruction_done(self, vcpu: int) -> None:
+        """KVM has carried out the instruction at RIP, which has only to be skipped."""
+
+    def instruction_skipped(self, vcpu: int) -> None:
+        """It has been, or KVM has given up."""
+
+    def temporary_used(self, vcpu: int, site: str) -> None:
+        """Kernel function ``site`` reads a local variable of a function that has returned."""
 
     def warn(self, site: str, text: str) -> None:
         """A WARN_ON or KVM_BUG_ON of the modelled kernel fired in ``site``."""

@@ -21,6 +21,7 @@ REQ_MMU_SYNC: Final = 1 << 1
 REQ_TLB_FLUSH: Final = 1 << 3
 REQ_TLB_FLUSH_CURRENT: Final = 1 << 4
 REQ_TLB_FLUSH_GUEST: Final = 1 << 5
+REQ_TRIPLE_FAULT: Final = 1 << 6
 
 
 class IpiAck(Waitable):

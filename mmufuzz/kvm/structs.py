@@ -19,7 +19,10 @@ from mmufuzz.kvm.counters import DIRECT, INDIRECT, NESTED, PAGE_BLOCK, RETRY_BLO
 from mmufuzz.kvm.fixes import (
     BARRIER_ACCOUNT,
     BARRIER_EMULATOR,
+    BREAKPOINT_BEFORE_DECODE,
     DUMMY_ROOT,
+    MMIO_SCRATCH,
+    NO_SINGLESTEP_ON_FAULT,
     REEXECUTE_FLAG_ONLY,
     REEXECUTE_LOCKLESS,
     REEXECUTE_ONE_PATH,
@@ -29,12 +32,16 @@ from mmufuzz.kvm.fixes import (
     RETRY_RECORD_FAULT,
     RETRY_REWRITE,
     SELF_CHANGE_IN_FETCH,
+    SKIP_FAILS_ON_EXCEPTION,
     TRACK_DIRECT_CALL,
     UNPROTECT_IFF_ZAPPED,
+    USER_FAILURE_IS_UD,
     WRITE_PF_TO_SP,
 )
+from mmufuzz.kvm.io import Device, Mmio
 from mmufuzz.kvm.observer import Observer
 from mmufuzz.kvm.role import ROLE_DIRECT, ROLE_PASSTHROUGH, role_level
+from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.paging import PagingConfig, paging_config
 from mmufuzz.x86.state import FLAG_AC, Regs
 from mmufuzz.x86.tlb import Tlb
@@ -81,6 +88,11 @@ class Fixes:
         self.self_change_in_fetch = SELF_CHANGE_IN_FETCH in behaviours
         self.track_direct_call = TRACK_DIRECT_CALL in behaviours
         self.dummy_root = DUMMY_ROOT in behaviours
+        self.user_failure_is_ud = USER_FAILURE_IS_UD in behaviours
+        self.breakpoint_before_decode = BREAKPOINT_BEFORE_DECODE in behaviours
+        self.no_singlestep_on_fault = NO_SINGLESTEP_ON_FAULT in behaviours
+        self.mmio_scratch = MMIO_SCRATCH in behaviours
+        self.skip_fails_on_exception = SKIP_FAILS_ON_EXCEPTION in behaviours
 
 
 class MemSlot:
@@ -137,6 +149,37 @@ class Mmu:
         self.pae_roots: list[ShadowPage] = []
 
 
+class QueuedException:
+    """struct kvm_queued_exception, without the flags.
+
+    ``error_code``: -1 for none. ``payload``: CR2 for #PF, bits of DR6 for #DB. ``soft_length``: bytes of the INT n,
+    INT3 or INTO that raises it, 0 for what is no software event.
+    """
+
+    def __init__(self, vector: int, error_code: int, payload: int, soft_length: int = 0) -> None:
+        self.vector = vector
+        self.error_code = error_code
+        self.payload = payload
+        self.soft_length = soft_length
+
+
+class EmulateCtxt:
+    """struct x86_emulate_ctxt: what of it outlives a run of the emulator, as userspace may have to answer first."""
+
+    def __init__(self) -> None:
+        self.insn: Insn | None = None
+        """The instruction decoded last."""
+        self.mem_read: list[int] = []
+        """struct read_cache: what the instruction has read from memory, so that it reads it only once."""
+        self.mem_read_pos = 0
+        self.exception: QueuedException | None = None
+        """have_exception, exception."""
+        self.tf = False
+        """RFLAGS.TF at the start of the instruction."""
+        self.completed = False
+        """The instruction has been executed to its end."""
+
+
 class Vcpu:
     """struct kvm_vcpu, with the logical CPU it is pinned to."""
 
@@ -164,10 +207,15 @@ class Vcpu:
         self.mmio_gfn = 0
         self.mmio_access = 0
         """ACC_* bits of that page's translation."""
-        self.pending_fault: tuple[int, int] | None = None
-        """A #PF queued for the guest: address and error code."""
-        self.pending_exception: tuple[int, int] | None = None
-        """Another exception queued for the guest: vector and error code."""
+        self.exception: QueuedException | None = None
+        """vcpu->arch.exception: what is queued for the guest."""
+        self.exception_injected = False
+        """Its delivery has begun, and exited."""
+        self.interrupt: QueuedException | None = None
+        """vcpu->arch.interrupt: an INT n whose delivery has begun, and exited."""
+        self.emulate_ctxt = EmulateCtxt()
+        self.mmio = Mmio()
+        self.halt_request = False
         self.instruction_done = False
         """The emulator completed the instruction of this exit."""
         self.skip_step = False
@@ -228,6 +276,7 @@ class Kvm:
         self.marks: dict[str, int] = {}
         self.counters = Counters()
         self.exits: dict[str, int] = {}
+        self.device = Device()
         self.slots: list[MemSlot] = []
         self.vcpus: list[Vcpu] = []
         # The ranks follow Documentation/virt/kvm/locking.rst: slots_lock outside, mmu_lock innermost.

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from mmufuzz.case.model import ZAP_ALL_FAST
-from mmufuzz.host.sites import MB, MODE_LOAD, MODE_STORE, REQUESTS_LOAD, VCPU_ENTRY, VCPU_EXIT
+from mmufuzz.host.sites import EMUL_LOAD, EMUL_STORE, MB, MODE_LOAD, MODE_STORE, REQUESTS_LOAD, VCPU_ENTRY, VCPU_EXIT
 from mmufuzz.host.thread import Body
 from mmufuzz.kvm.counters import RETRY_ENTRY, STALL_BLOCK, stall_class
 from mmufuzz.kvm.emulator_access import set_cr
-from mmufuzz.kvm.fault import EMULATE, RESUME, kvm_ack_ipi_if_sent, kvm_mmu_page_fault
-from mmufuzz.kvm.guest import (
+from mmufuzz.kvm.exceptions import kvm_clear_exception_queue, kvm_queue_exception, kvm_requeue_exception
+from mmufuzz.kvm.exits import (
     EXIT_CR,
+    EXIT_DB,
     EXIT_DONE,
     EXIT_HLT,
     EXIT_INVLPG,
     EXIT_PF,
+    EXIT_TASK_SWITCH,
+    EXIT_TRIPLE_FAULT,
     EXIT_UD,
-    GuestBus,
     VmExit,
-    deliver,
-    next_step,
-    run_guest,
-    settle_rip,
 )
+from mmufuzz.kvm.fault import EMULATE, EMULTYPE_SKIP, RESUME, kvm_ack_ipi_if_sent, kvm_mmu_page_fault
+from mmufuzz.kvm.guest import GuestBus, run_guest
+from mmufuzz.kvm.guest_events import deliver, has_idt, next_step, settle_rip
 from mmufuzz.kvm.requests import (
     REQ_MMU_FREE_OBSOLETE_ROOTS,
     REQ_MMU_SYNC,
     REQ_TLB_FLUSH,
     REQ_TLB_FLUSH_CURRENT,
+    REQ_TRIPLE_FAULT,
     kvm_check_request,
 )
 from mmufuzz.kvm.root import (
@@ -37,10 +39,16 @@ from mmufuzz.kvm.root import (
     kvm_mmu_load,
     kvm_mmu_sync_roots,
 )
-from mmufuzz.kvm.structs import IN_GUEST_MODE, INVALID_PFN, OUTSIDE_GUEST_MODE, Kvm, Vcpu
-from mmufuzz.kvm.x86 import EXIT_TO_USERSPACE, RESUME_GUEST, handle_ud, x86_emulate_instruction
+from mmufuzz.kvm.structs import IN_GUEST_MODE, INVALID_PFN, OUTSIDE_GUEST_MODE, Kvm, QueuedException, Vcpu
+from mmufuzz.kvm.x86 import (
+    EXIT_TO_USERSPACE,
+    RESUME_GUEST,
+    complete_emulated_mmio,
+    handle_ud,
+    x86_emulate_instruction,
+)
 from mmufuzz.kvm.zap import gsps_at, kvm_mmu_zap_all_fast
-from mmufuzz.x86.state import VECTOR_GP, VECTOR_PF
+from mmufuzz.x86.state import DR6_BS, FLAG_TF, NO_ERROR_CODE, VECTOR_BP, VECTOR_DB, VECTOR_GP, VECTOR_OF
 
 
 class HostBody(Body):
@@ -74,7 +82,7 @@ class VcpuBody(Body):
         stalled = 0
         while not vcpu.finished:
             before = vcpu.progress
-            if vcpu_enter_guest(vcpu, self.bus) != RESUME_GUEST:
+            if kvm_arch_vcpu_ioctl_run(vcpu, self.bus) != RESUME_GUEST:
                 userspace(vcpu)
             if vcpu.progress == before and not vcpu.finished:
                 # It re-enters without having got anywhere: the others go first.
@@ -94,27 +102,52 @@ class VcpuBody(Body):
             self.bus.fill(gva)
 
 
+def kvm_arch_vcpu_ioctl_run(vcpu: Vcpu, bus: GuestBus) -> int:
+    """x86.c:kvm_arch_vcpu_ioctl_run, vcpu_run: complete what userspace has answered, or enter the guest once."""
+    if vcpu.mmio.exit_pending:
+        return finish_emulation(vcpu, complete_emulated_mmio(vcpu))
+    return vcpu_enter_guest(vcpu, bus)
+
+
 def userspace(vcpu: Vcpu) -> None:
     """KVM_RUN returned: the modelled userspace handles the exit and runs the vCPU again."""
     vcpu.progress += 1
+    if vcpu.mmio.exit_pending:
+        answer_mmio(vcpu)
     if vcpu.skip_step:
         vcpu.skip_step = False
         next_step(vcpu)
+
+
+def answer_mmio(vcpu: Vcpu) -> None:
+    """KVM_EXIT_MMIO: a register of the modelled device. Devices are shared, so this is a visible operation."""
+    mmio = vcpu.mmio
+    kvm = vcpu.kvm
+    if mmio.is_write:
+        kvm.host.point(EMUL_STORE)
+        kvm.device.write(mmio.run_gpa, mmio.run_length, mmio.run_data)
+    else:
+        kvm.host.point(EMUL_LOAD)
+        mmio.run_data = kvm.device.read(mmio.run_gpa, mmio.run_length)
+    what = "write" if mmio.is_write else "read"
+    vcpu.userspace_exits.append(f"mmio {what} {mmio.run_gpa:#x} {mmio.run_length} {mmio.run_data:#x}")
 
 
 def vcpu_enter_guest(vcpu: Vcpu, bus: GuestBus) -> int:
     """x86.c:vcpu_enter_guest: service requests, enter, handle the exit."""
     kvm = vcpu.kvm
     thread = kvm.host.current
-    service_requests(vcpu)
+    if not service_requests(vcpu):
+        return exit_shutdown(vcpu)
     deliver_queued(vcpu)
     if vcpu.finished:
         return RESUME_GUEST
     if vcpu.mmu.root_pfn == INVALID_PFN:
         result = kvm_mmu_load(vcpu)
         if result != 0:
-            # KVM_REQ_TRIPLE_FAULT becomes KVM_EXIT_SHUTDOWN, after which the modelled userspace goes on all the same.
-            vcpu.userspace_exits.append("shutdown" if result == TRIPLE_FAULT else "enospc")
+            if result == TRIPLE_FAULT:
+                return exit_shutdown(vcpu)
+            vcpu.userspace_exits.append("enospc")
             vcpu.skip_step = True
             return EXIT_TO_USERSPACE
     vcpu.irqs_disabled = True
@@ -140,7 +173,17 @@ def vcpu_enter_guest(vcpu: Vcpu, bus: GuestBus) -> int:
     thread.drain()
     leave_guest_mode(vcpu)
     kvm.exits[vmexit.reason] = kvm.exits.get(vmexit.reason, 0) + 1
+    if vmexit.event is not None:
+        vmx_complete_interrupts(vcpu, vmexit.event)
     return handle_exit(vcpu, vmexit)
+
+
+def vmx_complete_interrupts(vcpu: Vcpu, event: QueuedException) -> None:
+    """vmx.c:__vmx_complete_interrupts: the event whose delivery exited is delivered again at the next entry."""
+    if event.soft_length and event.vector not in (VECTOR_BP, VECTOR_OF):
+        vcpu.interrupt = event
+    else:
+        kvm_requeue_exception(vcpu, event)
 
 
 def leave_guest_mode(vcpu: Vcpu) -> None:
@@ -150,12 +193,12 @@ def leave_guest_mode(vcpu: Vcpu) -> None:
     kvm_ack_ipi_if_sent(vcpu)
 
 
-def service_requests(vcpu: Vcpu) -> None:
-    """The requests in the order vcpu_enter_guest services them."""
+def service_requests(vcpu: Vcpu) -> bool:
+    """The requests in the order vcpu_enter_guest services them; False for a triple fault."""
     thread = vcpu.kvm.host.current
     pending = thread.load(REQUESTS_LOAD, vcpu.requests_address)
     if not pending:
-        return
+        return True
     if kvm_check_request(vcpu, pending, REQ_MMU_FREE_OBSOLETE_ROOTS):
         kvm_mmu_free_obsolete_roots(vcpu)
         # Freeing the root may have asked this vCPU, too, to flush.
@@ -166,18 +209,26 @@ def service_requests(vcpu: Vcpu) -> None:
     flush = kvm_check_request(vcpu, pending, REQ_TLB_FLUSH_CURRENT) or flush
     if flush:
         vcpu.tlb.flush_all()
+    return not kvm_check_request(vcpu, pending, REQ_TRIPLE_FAULT)
+
+
+def exit_shutdown(vcpu: Vcpu) -> int:
+    """KVM_EXIT_SHUTDOWN; the modelled userspace lets the guest go on at its next step, in place of a reset."""
+    vcpu.kvm.mark("exit_userspace.shutdown")
+    kvm_clear_exception_queue(vcpu)
+    vcpu.interrupt = None
+    vcpu.mmio.needed = False
+    vcpu.userspace_exits.append("shutdown")
+    vcpu.skip_step = True
+    return EXIT_TO_USERSPACE
 
 
 def deliver_queued(vcpu: Vcpu) -> None:
-    """Event injection at entry."""
-    if vcpu.pending_fault is not None:
-        gva, error_code = vcpu.pending_fault
-        vcpu.pending_fault = None
-        deliver(vcpu, VECTOR_PF, error_code, gva)
-    elif vcpu.pending_exception is not None:
-        vector, code = vcpu.pending_exception
-        vcpu.pending_exception = None
-        deliver(vcpu, vector, code, 0)
+    """Event injection before entry, for a guest without an IDT; the others get their events from ``run_guest``."""
+    exception = vcpu.exception
+    if exception is not None and not has_idt(vcpu):
+        kvm_clear_exception_queue(vcpu)
+        deliver(vcpu, exception)
 
 
 def handle_exit(vcpu: Vcpu, vmexit: VmExit) -> int:
@@ -197,16 +248,25 @@ def handle_exit(vcpu: Vcpu, vmexit: VmExit) -> int:
         return finish_emulation(vcpu, handle_ud(vcpu))
     if reason == EXIT_CR:
         if set_cr(vcpu, vmexit.a, vmexit.b):
-            skip_emulated_instruction(vcpu, vmexit.length)
-        else:
-            deliver(vcpu, VECTOR_GP, 0, 0)
+            return kvm_skip_emulated_instruction(vcpu, vmexit.length)
+        # kvm_complete_insn_gp
+        kvm_queue_exception(vcpu, VECTOR_GP, 0)
+    elif reason == EXIT_DB:
+        kvm_queue_exception(vcpu, VECTOR_DB, NO_ERROR_CODE, vmexit.a)
     elif reason == EXIT_INVLPG:
         kvm_mmu_invalidate_addr(vcpu, vmexit.a)
         vcpu.kvm.observer.guest_invalidated(vcpu.index, vmexit.a)
-        skip_emulated_instruction(vcpu, vmexit.length)
+        return kvm_skip_emulated_instruction(vcpu, vmexit.length)
     elif reason == EXIT_HLT:
         vcpu.userspace_exits.append("hlt")
-        skip_emulated_instruction(vcpu, vmexit.length)
+        kvm_skip_emulated_instruction(vcpu, vmexit.length)
+        return EXIT_TO_USERSPACE
+    elif reason == EXIT_TRIPLE_FAULT:
+        return exit_shutdown(vcpu)
+    elif reason == EXIT_TASK_SWITCH:
+        # kvm_task_switch is not modelled; what KVM does where it fails.
+        vcpu.userspace_exits.append("internal-error")
+        vcpu.skip_step = True
         return EXIT_TO_USERSPACE
     elif reason == EXIT_DONE:
         vcpu.finished = True
@@ -214,16 +274,31 @@ def handle_exit(vcpu: Vcpu, vmexit: VmExit) -> int:
 
 
 def finish_emulation(vcpu: Vcpu, result: int) -> int:
-    """An instruction that the emulator completed may end its step."""
-    if vcpu.instruction_done:
+    """An instruction that the emulator completed may end its step, once userspace has answered."""
+    if vcpu.instruction_done and not vcpu.mmio.exit_pending:
         vcpu.instruction_done = False
         settle_rip(vcpu)
     return result
 
 
-def skip_emulated_instruction(vcpu: Vcpu, length: int) -> None:
-    """vmx.c:skip_emulated_instruction: the hardware reports the ``length`` of what exited."""
-    vcpu.regs.rip += length
+def kvm_skip_emulated_instruction(vcpu: Vcpu, length: int) -> int:
+    """x86.c:kvm_skip_emulated_instruction: what exited has had its effect, and RIP goes behind it.
+
+    Hardware reports its ``length``, or KVM decodes it (svm.c:svm_skip_emulated_instruction without next_rip).
+    """
+    observer = vcpu.kvm.observer
+    observer.instruction_done(vcpu.index)
+    if not vcpu.kvm.options.decode_to_skip:
+        vcpu.regs.rip += length
+    elif x86_emulate_instruction(vcpu, 0, EMULTYPE_SKIP) != RESUME_GUEST:
+        observer.instruction_skipped(vcpu.index)
+        return EXIT_TO_USERSPACE
+    elif vcpu.exception is not None:
+        return RESUME_GUEST
+    observer.instruction_skipped(vcpu.index)
     vcpu.retired += 1
     vcpu.progress += 1
+    if vcpu.regs.rflags & FLAG_TF:
+        kvm_queue_exception(vcpu, VECTOR_DB, NO_ERROR_CODE, DR6_BS)
     settle_rip(vcpu)
+    return RESUME_GUEST

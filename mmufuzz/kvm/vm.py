@@ -13,6 +13,8 @@ from mmufuzz.kvm.memslots import gfn_to_pfn
 from mmufuzz.kvm.structs import Kvm, MemSlot, Vcpu
 from mmufuzz.kvm.vcpu import HostBody, VcpuBody
 from mmufuzz.kvm.write_track import write_track_address
+from mmufuzz.x86.insn import CS, DS, ES, SS
+from mmufuzz.x86.segments import install_flat
 from mmufuzz.x86.state import (
     CR0_PE,
     CR0_PG,
@@ -23,8 +25,15 @@ from mmufuzz.x86.state import (
     EFER_LMA,
     EFER_LME,
     EFER_NX,
+    MSR_TSC,
     Regs,
 )
+
+# Flat segments as Linux numbers them (arch/x86/include/asm/segment.h); a guest that loads a GDT describes them so.
+KERNEL_CS: Final = 0x10
+KERNEL_DS: Final = 0x18
+USER_DS: Final = 0x2B
+USER_CS: Final = 0x33
 
 ST0_PATTERN: Final = 0x3FFF_8000_0000_0000_0000
 """What FSTP stores: 1.0."""
@@ -47,6 +56,7 @@ def build(case: Case, host: Host) -> Kvm:
         load_program(host, spec)
         vcpu = Vcpu(kvm, index, spec)
         init_regs(vcpu.regs, spec)
+        vcpu.regs.msr[MSR_TSC] = case.options.tsc
         kvm.vcpus.append(vcpu)
         vcpu.finished = not spec.program
     for vcpu in kvm.vcpus:
@@ -76,6 +86,7 @@ def init_regs(regs: Regs, spec: VcpuSpec) -> None:
     for number, value in spec.regs:
         regs.gpr[number] = value
     regs.cr0 = CR0_PE
+    init_segments(regs, spec)
     if "wp" in spec.flags:
         regs.cr0 |= CR0_WP
     if spec.mode == LONG4:
@@ -91,3 +102,11 @@ def init_regs(regs: Regs, spec: VcpuSpec) -> None:
         regs.cr4 |= CR4_SMEP
     if "smap" in spec.flags:
         regs.cr4 |= CR4_SMAP
+
+
+def init_segments(regs: Regs, spec: VcpuSpec) -> None:
+    """Flat code and data segments of the vCPU's mode and privilege."""
+    user = spec.cpl == 3
+    install_flat(regs, CS, USER_CS if user else KERNEL_CS, spec.mode == LONG4)
+    for number in (SS, DS, ES):
+        install_flat(regs, number, USER_DS if user else KERNEL_DS, False)

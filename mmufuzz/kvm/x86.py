@@ -8,30 +8,38 @@ from mmufuzz.host.memory import PAGE_SHIFT
 from mmufuzz.host.sites import COUNT_LOAD
 from mmufuzz.kvm.counters import (
     RETRY_BEFORE,
-    RETRY_CMPXCHG,
     RETRY_COUNT_ZERO,
     RETRY_FAILED,
     RETRY_TABLE_WRITE,
     RETRY_TO_TABLE,
 )
-from mmufuzz.kvm.emulate import EmulatorBus, x86_decode_insn, x86_page_table_writing_insn
-from mmufuzz.kvm.emulator_access import EmulationFailed, kvm_read_guest_virt
+from mmufuzz.kvm.emulate import (
+    EMULATION_FAILED,
+    EMULATION_RESTART,
+    decoded,
+    x86_decode_insn,
+    x86_emulate_insn,
+    x86_page_table_writing_insn,
+)
+from mmufuzz.kvm.emulator_access import EmulationFailed, IoNeeded, kvm_read_guest_virt
+from mmufuzz.kvm.exceptions import kvm_clear_exception_queue, kvm_inject_emulated_page_fault, kvm_queue_exception
 from mmufuzz.kvm.fault import (
     EMULTYPE_ALLOW_RETRY_PF,
+    EMULTYPE_NO_DECODE,
+    EMULTYPE_PF,
+    EMULTYPE_SKIP,
     EMULTYPE_TRAP_UD,
     EMULTYPE_TRAP_UD_FORCED,
     EMULTYPE_WRITE_PF_TO_SP,
-    inject_page_fault,
 )
+from mmufuzz.kvm.io import MMIO_PIECE, POISON
 from mmufuzz.kvm.memslots import gfn_to_memslot
-from mmufuzz.kvm.opcode_table import can_begin, can_execute
-from mmufuzz.kvm.structs import INVALID_GPA, Vcpu
+from mmufuzz.kvm.structs import INVALID_GPA, QueuedException, Vcpu
 from mmufuzz.kvm.track import kvm_mmu_unprotect_gfn_and_retry, kvm_mmu_unprotect_page
 from mmufuzz.kvm.walker import gva_to_gpa
-from mmufuzz.x86.executor import execute
-from mmufuzz.x86.insn import Insn
+from mmufuzz.x86.breakpoints import code_breakpoint
 from mmufuzz.x86.paging import ACCESS_WRITE
-from mmufuzz.x86.state import VECTOR_PF, VECTOR_UD, Fault
+from mmufuzz.x86.state import DR6_BS, FLAG_RF, FLAG_TF, NO_ERROR_CODE, VECTOR_DB, VECTOR_PF, VECTOR_UD, Fault
 
 RESUME_GUEST: Final = 1
 EXIT_TO_USERSPACE: Final = 0
@@ -48,7 +56,7 @@ def handle_ud(vcpu: Vcpu) -> int:
             vcpu.kvm.mark("emulate.forced")
             vcpu.regs.rip += len(FORCED_EMULATION_PREFIX)
             emultype = EMULTYPE_TRAP_UD_FORCED
-    except (Fault, EmulationFailed):
+    except (Fault, IoNeeded):
         pass
     return x86_emulate_instruction(vcpu, 0, emultype)
 
@@ -56,103 +64,204 @@ def handle_ud(vcpu: Vcpu) -> int:
 def x86_emulate_instruction(vcpu: Vcpu, gva: int, emultype: int) -> int:
     """x86.c:x86_emulate_instruction: RESUME_GUEST or EXIT_TO_USERSPACE. ``gva`` is CR2 of the #PF, if one led here."""
     kvm = vcpu.kvm
-    kvm.mark("emulate")
-    try:
-        insn = x86_decode_insn(vcpu)
-    except EmulationFailed:
-        kvm.mark("emulate.decode_failed")
-        kvm.host.note("the emulator cannot decode it")
-        return _on_decode_failure(vcpu, gva, emultype, None)
-    except Fault as fault:
-        return _on_decode_failure(vcpu, gva, emultype, fault)
-    if emultype & EMULTYPE_TRAP_UD:
-        # The #UD intercept without the prefix is for foreign hypercalls; every other instruction gets its #UD.
-        queue_exception(vcpu, Fault(VECTOR_UD))
-        return RESUME_GUEST
-    if _retry_instruction(vcpu, gva, emultype, insn):
-        kvm.mark("emulate.retried")
-        kvm.count_retry(RETRY_BEFORE)
-        kvm.host.note("retry without emulating")
-        return RESUME_GUEST
-    return _x86_emulate_insn(vcpu, gva, emultype, insn)
-
-
-def _x86_emulate_insn(vcpu: Vcpu, gva: int, emultype: int, insn: Insn) -> int:
-    """emulate.c:x86_emulate_insn and what x86_emulate_instruction does with its result."""
-    kvm = vcpu.kvm
-    regs = vcpu.regs
-    rip = regs.rip
-    gpr = regs.gpr[:]
-    exits = len(vcpu.userspace_exits)
-    bus = EmulatorBus(vcpu, can_execute(insn))
-    try:
-        if not can_begin(insn, regs):
-            raise EmulationFailed
-        execute(regs, insn, bus)
-    except EmulationFailed:
-        kvm.mark("emulate.execution_failed")
-        kvm.host.note("the emulator cannot execute it")
-        if _retry_on_failure(vcpu, gva, emultype):
-            kvm.mark("emulate.reexecuted")
-            kvm.count_retry(RETRY_FAILED)
-            kvm.host.note("emulation failed: retry natively")
+    if not emultype & EMULTYPE_NO_DECODE:
+        kvm.mark("emulate")
+        kvm_clear_exception_queue(vcpu)
+        if kvm_vcpu_check_code_breakpoint(vcpu, emultype):
+            kvm.mark("emulate.code_breakpoint")
+            if kvm.fixes.breakpoint_before_decode:
+                return RESUME_GUEST
+            # The answer of the check was taken for that of the decoder.
+            return _on_decode_failure(vcpu, gva, emultype, None)
+        try:
+            x86_decode_emulated_instruction(vcpu)
+        except EmulationFailed:
+            kvm.mark("emulate.decode_failed")
+            kvm.host.note("the emulator cannot decode it")
+            return _on_decode_failure(vcpu, gva, emultype, None)
+        except Fault as fault:
+            return _on_decode_failure(vcpu, gva, emultype, fault)
+        if emultype & EMULTYPE_TRAP_UD:
+            # The #UD intercept without the prefix is for foreign hypercalls; every other instruction gets its #UD.
+            kvm_queue_exception(vcpu, VECTOR_UD)
             return RESUME_GUEST
-        return handle_emulation_failure(vcpu)
-    except Fault as fault:
+        if emultype & EMULTYPE_SKIP:
+            return _skip(vcpu)
+        if _retry_instruction(vcpu, gva, emultype):
+            kvm.mark("emulate.retried")
+            kvm.count_retry(RETRY_BEFORE)
+            kvm.host.note("retry without emulating")
+            return RESUME_GUEST
+    while True:
+        result = x86_emulate_insn(vcpu)
+        if result == EMULATION_FAILED:
+            return _on_execution_failure(vcpu, gva, emultype)
+        if result != EMULATION_RESTART or vcpu.emulate_ctxt.exception is not None or vcpu.mmio.needed:
+            return _after_emulation(vcpu)
+
+
+def x86_decode_emulated_instruction(vcpu: Vcpu) -> None:
+    """x86.c:x86_decode_emulated_instruction, init_emulate_ctxt; see ``x86_decode_insn`` for the errors."""
+    ctxt = vcpu.emulate_ctxt
+    ctxt.tf = vcpu.regs.rflags & FLAG_TF != 0
+    ctxt.exception = None
+    ctxt.completed = False
+    ctxt.mem_read.clear()
+    ctxt.insn = x86_decode_insn(vcpu)
+
+
+def kvm_vcpu_check_code_breakpoint(vcpu: Vcpu, emultype: int) -> bool:
+    """x86.c:kvm_vcpu_check_code_breakpoint: True if RIP is at one, and #DB is queued.
+
+    Where hardware has raised an exception of lower priority it has looked itself.
+    """
+    if emultype & (EMULTYPE_SKIP | EMULTYPE_TRAP_UD | EMULTYPE_PF):
+        return False
+    hit = code_breakpoint(vcpu.regs)
+    if hit:
+        kvm_queue_exception(vcpu, VECTOR_DB, NO_ERROR_CODE, hit)
+    return hit != 0
+
+
+def _skip(vcpu: Vcpu) -> int:
+    """x86.c:x86_emulate_instruction with EMULTYPE_SKIP: only the length was wanted."""
+    vcpu.regs.rip += decoded(vcpu).length
+    vcpu.regs.rflags &= ~FLAG_RF
+    return RESUME_GUEST
+
+
+def _on_execution_failure(vcpu: Vcpu, gva: int, emultype: int) -> int:
+    """x86.c:x86_emulate_instruction, EMULATION_FAILED: retry natively or give up."""
+    kvm = vcpu.kvm
+    kvm.mark("emulate.execution_failed")
+    kvm.host.note("the emulator cannot execute it")
+    if _retry_on_failure(vcpu, gva, emultype):
+        kvm.mark("emulate.reexecuted")
+        kvm.count_retry(RETRY_FAILED)
+        kvm.host.note("emulation failed: retry natively")
+        return RESUME_GUEST
+    return handle_emulation_failure(vcpu, emultype)
+
+
+def _after_emulation(vcpu: Vcpu) -> int:
+    """The rest of x86.c:x86_emulate_instruction, from the emulator's result to the write-back.
+
+    RIP and RFLAGS are the emulator's own business here; an MMIO read has changed neither.
+    """
+    kvm = vcpu.kvm
+    ctxt = vcpu.emulate_ctxt
+    mmio = vcpu.mmio
+    result = RESUME_GUEST
+    if ctxt.exception is not None:
+        read = mmio.needed and not mmio.is_write
+        kvm.warn_on(read, "x86_emulate_instruction", "an exception with an MMIO read under way")
+        mmio.needed = False
         kvm.mark("emulate.fault")
-        queue_exception(vcpu, fault)
-        return RESUME_GUEST
-    if bus.cmpxchg_failed:
-        # Neither RIP nor registers are written back, so the guest executes the instruction again; RFLAGS are.
-        kvm.count_retry(RETRY_CMPXCHG)
-        regs.rip = rip
-        regs.gpr = gpr
-        return RESUME_GUEST
-    kvm.mark("emulate.done")
-    kvm.host.note("emulated " + insn.mnemonic)
-    vcpu.retired += 1
-    vcpu.progress += 1
-    vcpu.instruction_done = True
-    return EXIT_TO_USERSPACE if len(vcpu.userspace_exits) > exits else RESUME_GUEST
+        inject_emulated_exception(vcpu, ctxt.exception)
+    elif mmio.needed:
+        kvm.mark("exit_userspace.mmio")
+        mmio.exit_pending = True
+        result = EXIT_TO_USERSPACE
+        if not mmio.is_write:
+            return result
+    elif vcpu.halt_request:
+        vcpu.halt_request = False
+        result = EXIT_TO_USERSPACE
+    if ctxt.completed:
+        kvm.mark("emulate.done")
+        kvm.host.note("emulated " + decoded(vcpu).mnemonic)
+        vcpu.retired += 1
+        vcpu.progress += 1
+        vcpu.instruction_done = True
+    if ctxt.exception is None or not kvm.fixes.no_singlestep_on_fault:
+        if result == RESUME_GUEST and ctxt.tf:
+            kvm_queue_exception(vcpu, VECTOR_DB, NO_ERROR_CODE, DR6_BS)
+    return result
+
+
+def inject_emulated_exception(vcpu: Vcpu, exception: QueuedException) -> None:
+    """x86.c:inject_emulated_exception."""
+    if exception.vector == VECTOR_PF:
+        kvm_inject_emulated_page_fault(vcpu, exception.payload, exception.error_code)
+    else:
+        kvm_queue_exception(vcpu, exception.vector, exception.error_code, exception.payload)
+
+
+def complete_emulated_mmio(vcpu: Vcpu) -> int:
+    """x86.c:complete_emulated_mmio: userspace has answered one piece of an MMIO access.
+
+    The next piece exits again. After the last one a write is done; a read runs the instruction once more, with what
+    was read in the emulator's read cache.
+    """
+    mmio = vcpu.mmio
+    mmio.exit_pending = False
+    if mmio.current < len(mmio.fragments):
+        fragment = mmio.fragments[mmio.current]
+        length = min(MMIO_PIECE, fragment.length)
+        if not mmio.is_write:
+            mmio.value |= mmio.run_data << (fragment.place << 3)
+        if fragment.length <= MMIO_PIECE:
+            mmio.current += 1
+        else:
+            fragment.data >>= length << 3
+            fragment.place += length
+            fragment.gpa += length
+            fragment.length -= length
+    else:
+        # Fragments of an MMIO write that a later store of the instruction has dropped.
+        mmio.current += 1
+    if mmio.current >= len(mmio.fragments):
+        mmio.needed = False
+        if mmio.is_write:
+            return RESUME_GUEST
+        mmio.read_completed = True
+        return x86_emulate_instruction(vcpu, 0, EMULTYPE_NO_DECODE)
+    fragment = mmio.fragments[mmio.current]
+    if fragment.dangling:
+        vcpu.kvm.observer.temporary_used(vcpu.index, "complete_emulated_mmio")
+        fragment.data = POISON
+    mmio.prepare_exit(fragment)
+    mmio.exit_pending = True
+    return EXIT_TO_USERSPACE
 
 
 def _on_decode_failure(vcpu: Vcpu, gva: int, emultype: int, fault: Fault | None) -> int:
     """x86.c:x86_emulate_instruction, decoding failed: retry natively, raise what the fetch raised, or give up."""
     if emultype & (EMULTYPE_TRAP_UD | EMULTYPE_TRAP_UD_FORCED):
-        queue_exception(vcpu, Fault(VECTOR_UD))
+        kvm_queue_exception(vcpu, VECTOR_UD)
         return RESUME_GUEST
     if _retry_on_failure(vcpu, gva, emultype):
         vcpu.kvm.mark("emulate.reexecuted")
         vcpu.kvm.count_retry(RETRY_FAILED)
         vcpu.kvm.host.note("emulation failed: retry natively")
         return RESUME_GUEST
-    if fault is not None:
-        queue_exception(vcpu, fault)
+    if fault is not None and not (emultype & EMULTYPE_SKIP and vcpu.kvm.fixes.skip_fails_on_exception):
+        inject_emulated_exception(vcpu, QueuedException(fault.vector, fault.error_code, fault.address))
         return RESUME_GUEST
-    return handle_emulation_failure(vcpu)
+    return handle_emulation_failure(vcpu, emultype)
 
 
-def _retry_instruction(vcpu: Vcpu, gva: int, emultype: int, insn: Insn) -> bool:
+def _retry_instruction(vcpu: Vcpu, gva: int, emultype: int) -> bool:
     """Before emulating: unprotect the gfn and let the CPU retry, unless the instruction looks like a gPTE update."""
     kvm = vcpu.kvm
     if not kvm.fixes.retry_rewrite:
-        return _retry_instruction_before_rewrite(vcpu, gva, emultype, insn)
+        return _retry_instruction_before_rewrite(vcpu, gva, emultype)
     if not emultype & EMULTYPE_ALLOW_RETRY_PF:
         return False
-    if x86_page_table_writing_insn(insn):
+    if x86_page_table_writing_insn(decoded(vcpu)):
         kvm.count_retry(RETRY_TABLE_WRITE)
         return False
     zapped = kvm_mmu_unprotect_gfn_and_retry(vcpu, gva, False)
     return zapped or not kvm.fixes.unprotect_iff_zapped
 
 
-def _retry_instruction_before_rewrite(vcpu: Vcpu, gva: int, emultype: int, insn: Insn) -> bool:
+def _retry_instruction_before_rewrite(vcpu: Vcpu, gva: int, emultype: int) -> bool:
     """x86.c:retry_instruction (6.1 to 6.11): reads and clears the guard, and retries even if nothing was zapped."""
     last_eip = vcpu.last_retry_eip
     last_addr = vcpu.last_retry_addr
     vcpu.last_retry_eip = 0
     vcpu.last_retry_addr = 0
-    if not emultype & EMULTYPE_ALLOW_RETRY_PF or x86_page_table_writing_insn(insn):
+    if not emultype & EMULTYPE_ALLOW_RETRY_PF or x86_page_table_writing_insn(decoded(vcpu)):
         return False
     if vcpu.regs.rip == last_eip and gva == last_addr:
         return False
@@ -232,26 +341,21 @@ def _read_indirect_shadow_pages(vcpu: Vcpu, gfn: int) -> bool:
     return count != 0
 
 
-def handle_emulation_failure(vcpu: Vcpu) -> int:
+def handle_emulation_failure(vcpu: Vcpu, emultype: int) -> int:
     """x86.c:handle_emulation_failure: #UD, and for a supervisor an exit with KVM_EXIT_INTERNAL_ERROR.
 
     The modelled userspace takes the exit as the end of the instruction, in place of the #UD.
     """
     kvm = vcpu.kvm
-    if vcpu.regs.cpl != 0 or vcpu.guest_mode:
+    if not emultype & EMULTYPE_SKIP and (vcpu.regs.cpl != 0 or vcpu.guest_mode):
         kvm.mark("emulate.failure_ud")
-        queue_exception(vcpu, Fault(VECTOR_UD))
-        return RESUME_GUEST
+        kvm_queue_exception(vcpu, VECTOR_UD)
+        if kvm.fixes.user_failure_is_ud:
+            return RESUME_GUEST
     kvm.mark("exit_userspace.internal_error")
     kvm.host.note("KVM_EXIT_INTERNAL_ERROR: emulation failed")
+    kvm.observer.internal_error(vcpu.index)
+    kvm_clear_exception_queue(vcpu)
     vcpu.userspace_exits.append("internal-error")
     vcpu.skip_step = True
     return EXIT_TO_USERSPACE
-
-
-def queue_exception(vcpu: Vcpu, fault: Fault) -> None:
-    """x86.c:inject_emulated_exception."""
-    if fault.vector == VECTOR_PF:
-        inject_page_fault(vcpu, fault.address, fault.error_code)
-    else:
-        vcpu.pending_exception = (fault.vector, fault.error_code)

@@ -1,4 +1,4 @@
-"""Nothing touches a shadow page after KVM freed it."""
+"""Nothing touches a shadow page after KVM freed it, nor a local variable of a function that has returned."""
 
 from __future__ import annotations
 
@@ -37,3 +37,8 @@ class Lifetime:
         self.sink.violated(
             "lifetime", what, f"{thread.name} at {SITE_NAMES[site]}: {address:#x} in frame {address >> PAGE_SHIFT:#x}"
         )
+
+    def temporary_used(self, vcpu: int, site: str) -> None:
+        """``Observer.temporary_used``."""
+        what = f"{site} reads a local variable of the emulator, which has returned"
+        self.sink.violated("lifetime", what, self.kvm.vcpus[vcpu].thread.name)

@@ -10,6 +10,7 @@ from mmufuzz.host.sched import DEADLOCK, ENDED, BoundaryWatcher
 from mmufuzz.kvm.observer import Observer
 from mmufuzz.kvm.structs import Kvm
 from mmufuzz.oracle.accounting import Accounting
+from mmufuzz.oracle.architecture import Architecture
 from mmufuzz.oracle.coherence import Coherence
 from mmufuzz.oracle.history import History
 from mmufuzz.oracle.lifetime import Lifetime
@@ -23,8 +24,10 @@ from mmufuzz.outcome import Finding
 class GuestObserver(Observer):
     """``Kvm.observer``."""
 
-    def __init__(self, coherence: Coherence, sink: Sink) -> None:
+    def __init__(self, coherence: Coherence, architecture: Architecture, lifetime: Lifetime, sink: Sink) -> None:
         self.coherence = coherence
+        self.architecture = architecture
+        self.lifetime = lifetime
         self.sink = sink
 
     def guest_access(self, vcpu: int, gva: int, hpa: int, access: int, emulated: bool) -> None:
@@ -34,6 +37,26 @@ class GuestObserver(Observer):
     def guest_fault(self, vcpu: int, gva: int, error_code: int) -> None:
         """Coherence."""
         self.coherence.guest_fault(vcpu, gva, error_code)
+
+    def guest_exception(self, vcpu: int, vector: int) -> None:
+        """Architecture."""
+        self.architecture.guest_exception(vcpu, vector)
+
+    def internal_error(self, vcpu: int) -> None:
+        """Architecture."""
+        self.architecture.internal_error(vcpu)
+
+    def instruction_done(self, vcpu: int) -> None:
+        """Architecture."""
+        self.architecture.instruction_done(vcpu)
+
+    def instruction_skipped(self, vcpu: int) -> None:
+        """Architecture."""
+        self.architecture.instruction_skipped(vcpu)
+
+    def temporary_used(self, vcpu: int, site: str) -> None:
+        """Lifetime."""
+        self.lifetime.temporary_used(vcpu, site)
 
     def guest_invalidated(self, vcpu: int, gva: int) -> None:
         """Coherence."""
@@ -102,8 +125,10 @@ class Oracles:
         self.sink = Sink(kvm.host)
         self.history = History(kvm.memory, len(kvm.vcpus))
         self.accounting = Accounting(kvm, self.sink)
-        self.observer = GuestObserver(Coherence(kvm, self.sink, self.history), self.sink)
-        self.memory_watcher = FrameWatcher(self.history, Lifetime(kvm, self.sink))
+        lifetime = Lifetime(kvm, self.sink)
+        coherence = Coherence(kvm, self.sink, self.history)
+        self.observer = GuestObserver(coherence, Architecture(kvm, self.sink), lifetime, self.sink)
+        self.memory_watcher = FrameWatcher(self.history, lifetime)
         self.lock_watcher = UnlockWatcher(self.accounting, self.sink)
         self.boundary_watcher = YieldWatcher(Progress(kvm, self.sink, self.history), self.history)
         kvm.observer = self.observer

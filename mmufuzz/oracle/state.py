@@ -79,6 +79,9 @@ class MachineState:
         for vcpu in kvm.vcpus:
             self._add_registers(state, vcpu)
             _add_vcpu(state, vcpu, names)
+        for address in sorted(kvm.device.contents):
+            state.append(address)
+            state.append(kvm.device.contents[address])
         for thread in kvm.host.threads:
             _add_thread(state, kvm, thread, names)
         return tuple(state)
@@ -126,8 +129,13 @@ def _add_vcpu(state: list[int], vcpu: Vcpu, names: Names) -> None:
     state.append(vcpu.mmio_gfn)
     state.append(vcpu.mmio_gva)
     state.append(vcpu.mmio_access)
-    _add_queued(state, vcpu.pending_fault)
-    _add_queued(state, vcpu.pending_exception)
+    exception = vcpu.exception
+    if exception is None:
+        state.append(-1)
+    else:
+        state += [exception.vector, exception.error_code, exception.payload, vcpu.exception_injected]
+    state.append(-1 if vcpu.interrupt is None else vcpu.interrupt.vector)
+    state += vcpu.mmio.state()
     mmu = vcpu.mmu
     state.append(names.frame(mmu.root_pfn))
     state.append(mmu.cpu_role)
@@ -151,12 +159,6 @@ def _add_vcpu(state: list[int], vcpu: Vcpu, names: Names) -> None:
     state.append(-1)
 
 
-def _add_queued(state: list[int], queued: tuple[int, int] | None) -> None:
-    if queued is None:
-        state.append(-1)
-    else:
-        state.append(queued[0])
-        state.append(queued[1])
 
 
 def _add_thread(state: list[int], kvm: Kvm, thread: Thread, names: Names) -> None:

@@ -41,6 +41,7 @@ def _option_distance(options: Options) -> int:
     default = Options()
     distance = len(options.write_track)
     distance += int(options.fep != default.fep) + int(options.n_max_mmu_pages != default.n_max_mmu_pages)
+    distance += int(options.decode_to_skip != default.decode_to_skip) + int(options.tsc != default.tsc)
     return distance + int(options.event_limit != default.event_limit)
 
 

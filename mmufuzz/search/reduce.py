@@ -263,6 +263,8 @@ class Reducer:
         if self.attempt(replace(self.case, options=default)):
             return
         self.attempt(replace(self.case, options=replace(self.case.options, fep=default.fep)))
+        self.attempt(replace(self.case, options=replace(self.case.options, decode_to_skip=default.decode_to_skip)))
+        self.attempt(replace(self.case, options=replace(self.case.options, tsc=default.tsc)))
         pages = default.n_max_mmu_pages
         self.attempt(replace(self.case, options=replace(self.case.options, n_max_mmu_pages=pages)))
         self.attempt(replace(self.case, options=replace(self.case.options, event_limit=default.event_limit)))

@@ -231,12 +231,26 @@ def _deliver_real(regs: Regs, bus: Bus, vector: int, following: int) -> None:
     regs.rflags &= ~(FLAG_TF | FLAG_IF | FLAG_AC)
 
 
-def deliver_exception(regs: Regs, bus: Bus, fault: Fault) -> None:
-    """Enter the handler of an exception, of #DF if that raises a second one, and give up at the third.
+def second_exception(first: int, second: Fault) -> Fault | None:
+    """What is delivered if ``second`` is raised while vector ``first`` is; None for a triple fault.
 
-    SDM vol. 3, 6.15 and table 6-5. Raises ``TripleFault``. ``Unsupported`` passes through.
+    SDM vol. 3, 6.15 and table 6-5.
     """
-    first = -1
+    if first == VECTOR_DF:
+        return None
+    contributory = second.vector in _CONTRIBUTORY
+    if first in _CONTRIBUTORY and contributory:
+        return Fault(VECTOR_DF, 0)
+    if first == VECTOR_PF and (contributory or second.vector == VECTOR_PF):
+        return Fault(VECTOR_DF, 0)
+    return second
+
+
+def deliver_exception(regs: Regs, bus: Bus, fault: Fault) -> None:
+    """Enter the handler of an exception, or of what becomes of it on the way. ``Unsupported`` passes through.
+
+    Raises ``TripleFault``.
+    """
     while True:
         if fault.vector == VECTOR_PF:
             regs.cr2 = fault.address
@@ -247,11 +261,7 @@ def deliver_exception(regs: Regs, bus: Bus, fault: Fault) -> None:
         except Unsupported:
             raise
         except Fault as second:
-            if fault.vector == VECTOR_DF:
+            combined = second_exception(fault.vector, second)
+            if combined is None:
                 raise TripleFault from second
-            first = fault.vector
-            fault = second
-        both = first in _CONTRIBUTORY and fault.vector in _CONTRIBUTORY
-        if both or (first == VECTOR_PF and (fault.vector == VECTOR_PF or fault.vector in _CONTRIBUTORY)):
-            fault = Fault(VECTOR_DF, 0)
-
+            fault = combined

@@ -111,7 +111,10 @@ def string(regs: Regs, insn: Insn, bus: Bus) -> None:
     wanted = FLAG_ZF if insn.rep == REP_F3 else 0
     while read_reg(regs, RCX, asize) != 0:
         _element(regs, insn, bus, kind)
-        write_reg(regs, RCX, asize, read_reg(regs, RCX, asize) - 1)
+        count = read_reg(regs, RCX, asize) - 1
+        write_reg(regs, RCX, asize, count)
         if compares and regs.rflags & FLAG_ZF != wanted:
             break
+        if count and bus.between_elements(regs, count):
+            return
     advance(regs, insn)

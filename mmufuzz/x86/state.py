@@ -70,6 +70,8 @@ PFERR_FETCH: Final = 1 << 4
 
 NO_ERROR_CODE: Final = -1
 
+DR6_BS: Final = 1 << 14
+
 
 @mypyc_attr(native_class=False)
 class Fault(Exception):

@@ -23,7 +23,7 @@ from mmufuzz.host.sites import (
     label,
 )
 from mmufuzz.host.trace import Trace
-from mmufuzz.kvm import counters, guest
+from mmufuzz.kvm import counters, exits
 from mmufuzz.kvm.counters import (
     BLOCKS,
     BOTH_MISSED,
@@ -89,7 +89,7 @@ def test_an_index_is_where_its_words_say() -> None:
 def test_the_axes_are_what_the_model_has() -> None:
     assert RET_PF == RET_PF_NAMES
     assert BLOCKS[0].axes == (MARKS,)
-    reasons = [value for name, value in vars(guest).items() if name.startswith("EXIT_")]
+    reasons = [value for name, value in vars(exits).items() if name.startswith("EXIT_")]
     assert sorted(reasons) == sorted(EXITS)
 
 

@@ -6,7 +6,7 @@ import pytest
 from machines import CODE, CODE2, DATA, NOWHERE, NX, PAGE, A, D, P, U, W, flat32, gva, long4, run, usual
 
 from mmufuzz.kvm.emulator_access import pages, words
-from mmufuzz.kvm.guest import EXIT_DONE
+from mmufuzz.kvm.exits import EXIT_DONE
 from mmufuzz.x86.asm import assemble
 from mmufuzz.x86.state import CR0_WP, PFERR_FETCH, PFERR_WRITE, VECTOR_GP, VECTOR_PF, VECTOR_UD
 

@@ -286,7 +286,7 @@ def test_a_direct_page_is_kept_while_the_rights_stay() -> None:
 def test_an_access_outside_memory_installs_an_mmio_spte_and_exits_to_userspace() -> None:
     tables = usual().map(gva(DATA), NOWHERE)
     m = run(tables, long4("mov rcx, [rax]", "mov [rax], rdx", rax=gva(DATA, 1), rcx=77, rdx=3))
-    assert m.vcpu().userspace_exits == ["mmio read 0x100008", "mmio write 0x100008"]
+    assert m.vcpu().userspace_exits == ["mmio read 0x100008 8 0x0", "mmio write 0x100008 8 0x3"]
     assert m.reg("rcx") == 0
     assert m.marks["mmio_spte"] == 1
     assert m.vcpu().retired == 2
@@ -302,7 +302,8 @@ def test_the_second_mmio_access_finds_the_page_in_the_cache_and_walks_nothing() 
 def test_an_mmio_page_that_fell_out_of_the_cache_is_found_by_a_lockless_walk() -> None:
     tables = usual().map(gva(DATA), NOWHERE).map(gva(DATA2), NOWHERE + 1)
     m = run(tables, long4("mov rcx, [rax]", "mov rcx, [rbx]", "mov rcx, [rax]", rax=gva(DATA), rbx=gva(DATA2)))
-    assert m.vcpu().userspace_exits == ["mmio read 0x100000", "mmio read 0x101000", "mmio read 0x100000"]
+    exits = ["mmio read 0x100000 8 0x0", "mmio read 0x101000 8 0x0", "mmio read 0x100000 8 0x0"]
+    assert m.vcpu().userspace_exits == exits
     # READING_SHADOW_PAGE_TABLES is announced with a locked exchange.
     assert m.sites(step=2).count("mode.atomic") == 1
     assert m.sites(step=2).count("spte.load") == 4
@@ -313,12 +314,13 @@ def test_a_guest_without_paging_finds_its_mmio_pages_again_too() -> None:
     outside = NOWHERE << 12
     steps = ("mov ecx, [eax]", "mov ecx, [ebx]", "mov ecx, [eax]")
     m = run(None, flat32(*steps, rax=outside, rbx=outside + 0x1000))
-    assert m.vcpu().userspace_exits == ["mmio read 0x100000", "mmio read 0x101000", "mmio read 0x100000"]
+    exits = ["mmio read 0x100000 4 0x0", "mmio read 0x101000 4 0x0", "mmio read 0x100000 4 0x0"]
+    assert m.vcpu().userspace_exits == exits
 
 
 def test_nothing_is_cached_for_mmio_at_page_zero() -> None:
     m = run(usual().map(0, NOWHERE), long4("mov rcx, [rax]", "mov rcx, [rax]", rax=0))
-    assert m.vcpu().userspace_exits == ["mmio read 0x100000"] * 2
+    assert m.vcpu().userspace_exits == ["mmio read 0x100000 8 0x0"] * 2
     assert m.sites(step=1).count("mode.atomic") == 1
 
 
@@ -345,7 +347,7 @@ def test_a_user_access_to_a_cached_supervisor_mmio_page_still_faults() -> None:
 def test_a_store_to_a_read_only_slot_exits_as_mmio_and_changes_nothing() -> None:
     slots = (Slot(0, 0x20), Slot(0x20, 1, readonly=True))
     m = run(usual().identity([0x20]), long4("mov rcx, [rax]", "mov [rax], rbx", rax=gva(0x20), rbx=5), slots=slots)
-    assert m.vcpu().userspace_exits == ["mmio write 0x20000"]
+    assert m.vcpu().userspace_exits == ["mmio write 0x20000 8 0x5"]
     assert m.word(0x20) == 0
     assert not m.spte(gva(0x20)) & (SPTE_W | SPTE_HOST_WRITABLE)
     assert m.marks["faultin.readonly"] == 1
@@ -360,7 +362,8 @@ def test_a_store_to_a_read_only_slot_that_cannot_be_emulated_is_an_error_not_a_l
 
 def test_memory_beyond_four_gigabytes_is_not_reached_by_32_bit_addresses() -> None:
     m = run(None, flat32("mov ecx, [eax]", "fep mov [eax], ecx", rax=0xFFFFFFFE, rcx=1), slots=(Slot(0, 64),))
-    assert m.vcpu().userspace_exits == ["mmio read 0xfffffffe", "mmio write 0xfffffffe"]
+    # The two upper bytes wrap to address 0, which is memory.
+    assert m.vcpu().userspace_exits == ["mmio read 0xfffffffe 2 0x0", "mmio write 0xfffffffe 2 0x0"]
     assert m.vcpu().retired == 2
 
 
@@ -374,7 +377,7 @@ def test_a_write_protected_page_at_an_address_that_was_mmio_makes_kvm_warn() -> 
     m = run(tables, long4(*steps, rax=gva(DATA), rbx=gva(L1, DATA), rdx=L2 << 12 | PAGE))
     assert m.log.warnings == ["kvm_mmu_write_protect_fault: write-protected gfn in the MMIO cache"]
     # The store goes to the device that used to be there.
-    assert m.vcpu().userspace_exits == ["mmio read 0x100000", "mmio write 0x100000"]
+    assert m.vcpu().userspace_exits == ["mmio read 0x100000 8 0x0", "mmio write 0x100000 8 0x0"]
     steps = ("mov rcx, [rax]", "mov [rbx], rdx", "invlpg [rax]", "mov [rax], rcx")
     m = run(tables, long4(*steps, rax=gva(DATA), rbx=gva(L1, DATA), rdx=L2 << 12 | PAGE))
     assert m.log.warnings == []
@@ -422,11 +425,11 @@ def test_two_guests_outside_memory_share_the_dummy_root() -> None:
 def test_a_write_to_a_cached_read_only_mmio_page_faults() -> None:
     tables = usual().map(gva(DATA), NOWHERE, P | U | A)
     m = run(tables, long4("mov rcx, [rax]", "fep mov [rax], rcx", cpl=3, rax=gva(DATA)))
-    assert m.vcpu().userspace_exits == ["mmio read 0x100000"]
+    assert m.vcpu().userspace_exits == ["mmio read 0x100000 8 0x0"]
     assert m.vcpu().exceptions[0][:2] == (VECTOR_PF, PFERR_PRESENT | PFERR_USER | PFERR_WRITE)
 
 
 def test_a_guest_without_paging_that_stores_to_a_read_only_slot_exits_as_mmio() -> None:
     slots = (Slot(0, 0x20), Slot(0x20, 1, readonly=True))
     m = run(None, flat32("mov [eax], ecx", rax=gva(0x20)), slots=slots)
-    assert m.vcpu().userspace_exits == ["mmio write 0x20000"]
+    assert m.vcpu().userspace_exits == ["mmio write 0x20000 4 0x0"]

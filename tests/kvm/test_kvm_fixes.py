@@ -11,10 +11,13 @@ from mmufuzz.kvm.fixes import (
     BARRIER_ACCOUNT,
     BARRIER_EMULATOR,
     BENIGN,
+    BREAKPOINT_BEFORE_DECODE,
     DUMMY_ROOT,
     FIXES,
     KERNELS,
     LATEST,
+    MMIO_SCRATCH,
+    NO_SINGLESTEP_ON_FAULT,
     REEXECUTE_FLAG_ONLY,
     REEXECUTE_LOCKLESS,
     REEXECUTE_ONE_PATH,
@@ -24,15 +27,25 @@ from mmufuzz.kvm.fixes import (
     RETRY_RECORD_FAULT,
     RETRY_REWRITE,
     SELF_CHANGE_IN_FETCH,
+    SKIP_FAILS_ON_EXCEPTION,
     TRACK_DIRECT_CALL,
     UNPROTECT_IFF_ZAPPED,
+    USER_FAILURE_IS_UD,
     WRITE_PF_TO_SP,
     behaviours,
     find,
 )
 from mmufuzz.kvm.structs import Fixes
 
-V6_1 = {WRITE_PF_TO_SP, REEXECUTE_OPT_IN}
+V6_1 = {
+    WRITE_PF_TO_SP,
+    REEXECUTE_OPT_IN,
+    USER_FAILURE_IS_UD,
+    BREAKPOINT_BEFORE_DECODE,
+    NO_SINGLESTEP_ON_FAULT,
+    MMIO_SCRATCH,
+    SKIP_FAILS_ON_EXCEPTION,
+}
 V6_8 = V6_1 | {SELF_CHANGE_IN_FETCH, TRACK_DIRECT_CALL, DUMMY_ROOT}
 V6_9 = V6_8 | {REEXECUTE_LOCKLESS, REEXECUTE_ONE_PATH, REEXECUTE_FLAG_ONLY}
 GUARD = {RETRY_CHECK, RETRY_RECORD_FAULT, RETRY_RECORD_FAILURE}
@@ -65,7 +78,7 @@ def test_a_fix_says_what_it_is_and_where(fix: object) -> None:
     assert isinstance(fix, type(FIXES[0]))
     assert fix.title and fix.commit and fix.behaviours and ":" in fix.citation
     assert fix.kernel in KERNELS
-    assert fix.shows in (BENIGN, "coherence", "livelock")
+    assert fix.shows in (BENIGN, "coherence", "livelock", "lifetime", "architecture")
 
 
 def test_a_fix_can_be_named_by_its_entry_in_the_zoo() -> None:

@@ -31,7 +31,7 @@ from machines import (
 
 from mmufuzz.case.model import Options
 from mmufuzz.host.sched import Body
-from mmufuzz.kvm.guest import SVM_EXIT_NPF
+from mmufuzz.kvm.guest_events import SVM_EXIT_NPF
 from mmufuzz.kvm.page import kvm_mmu_get_shadow_page, link_shadow_page
 from mmufuzz.kvm.role import ROLE_CR0_WP, ROLE_GUEST_MODE, ROLE_PASSTHROUGH, child_role, role_level, role_text
 from mmufuzz.kvm.track import kvm_mmu_track_write, kvm_mmu_unprotect_page
@@ -136,7 +136,7 @@ def test_a_table_that_is_its_own_parent_is_zapped_once() -> None:
 def test_mmio_of_a_nested_guest_is_never_found_in_the_cache() -> None:
     tables = usual().map(gva(DATA), NOWHERE)
     m = run(tables, npt4("mov ecx, [eax]", "mov ecx, [eax]", rax=gva(DATA)))
-    assert m.vcpu().userspace_exits == ["mmio read 0x100000"] * 2
+    assert m.vcpu().userspace_exits == ["mmio read 0x100000 4 0x0"] * 2
     assert m.vcpu().mmio_gva == 0
     assert m.sites(step=1).count("mode.atomic") == 1
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from machines import DATA, L1, L2, ROOT, Machine, Misuse, gva, long4, machine, npt4, usual
 
 from mmufuzz.host.thread import Body
-from mmufuzz.kvm.emulate import EmulatorBus
+from mmufuzz.kvm.emulator_access import emulator_cmpxchg_emulated
 from mmufuzz.kvm.fault import kvm_mmu_page_fault
 from mmufuzz.kvm.fetch import RET_PF_RETRY, PageFault, fetch
 from mmufuzz.kvm.memslots import gfn_to_memslot, gfn_to_pfn, gpa_to_hpa, pfn_to_gfn
@@ -271,7 +271,7 @@ def test_a_fault_under_the_dummy_root_asks_for_another_root() -> None:
 
 def test_a_locked_write_of_more_than_eight_bytes_is_a_plain_write() -> None:
     def probe(m: Machine) -> None:
-        EmulatorBus(m.vcpu()).store(m.vcpu().regs, gva(DATA), 16, 5 << 64 | 4, True)
+        emulator_cmpxchg_emulated(m.vcpu(), gva(DATA), 16, 0, 5 << 64 | 4)
         assert (m.word(DATA), m.word(DATA, 1)) == (4, 5)
 
     assert after(probe).passed("emulate.cmpxchg") == 0

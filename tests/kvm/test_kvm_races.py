@@ -243,7 +243,7 @@ def test_a_reserved_bit_fault_on_a_replaced_mmio_spte_sends_the_guest_back() -> 
     reader = long4(*steps, rax=gva(DATA), rbx=gva(DATA + 1), rsi=gva(DATA + 2))
     editor = long4("mov rdx, [rax]", "mov [rax], rcx", code=CODE2, rax=gva(L1, DATA), rcx=DATA << 12 | PAGE)
     m = run(tables, reader, editor, schedule=["after vcpu0@3.vcpu.exit 1 run vcpu1"])
-    assert m.vcpu().userspace_exits == ["mmio read 0x100000", "mmio read 0x101000"]
+    assert m.vcpu().userspace_exits == ["mmio read 0x100000 8 0x0", "mmio read 0x101000 8 0x0"]
     assert m.marks["page_fault.RETRY"] == 1
     assert m.vcpu().retired == 4
 

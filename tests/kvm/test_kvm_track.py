@@ -224,7 +224,8 @@ def test_locked_operations_on_mmio_and_read_only_memory_become_plain_writes() ->
     m = run(
         tables, long4("lock xadd [rax], rcx", "lock xadd [rbx], rcx", rax=gva(0x20), rbx=gva(DATA), rcx=2), slots=slots
     )
-    assert m.vcpu().userspace_exits == ["mmio write 0x20000", "mmio read 0x100000", "mmio write 0x100000"]
+    exits = ["mmio write 0x20000 8 0x2", "mmio read 0x100000 8 0x0", "mmio write 0x100000 8 0x0"]
+    assert m.vcpu().userspace_exits == exits
     assert m.passed("emulate.cmpxchg") == 0
 
 
@@ -333,7 +334,7 @@ def test_a_stale_leaf_that_faults_is_dropped_with_a_flush() -> None:
     # The same where the new frame is no memory: what was present makes way for an MMIO SPTE.
     slots = (Slot(0, DATA2 + 1), Slot(DATA2 + 2, 0x20))
     m = run(tables, long4(*steps, rax=gva(DATA2), rbx=gva(L1, DATA2) - 2, rdx=(low & 0xFFFF) << 16), slots=slots)
-    assert m.vcpu().userspace_exits == ["mmio read 0x6000", "mmio write 0x6000"]
+    assert m.vcpu().userspace_exits == ["mmio read 0x6000 8 0x0", "mmio write 0x6000 8 0x1"]
     assert m.log.warnings == []
 
 

@@ -10,6 +10,7 @@ from oracle_vms import DATA_GVA, PT_GVA, SPIN, Machine, case, flat32, fstp, load
 from mmufuzz.case.model import ZAP_ALL_FAST, HostThread, Options
 from mmufuzz.host.memory import Pending
 from mmufuzz.host.sites import label_site, label_thread
+from mmufuzz.kvm.structs import QueuedException
 from mmufuzz.oracle.state import MachineState
 from mmufuzz.outcome import SUSPECT, Outcome
 from mmufuzz.run import run
@@ -172,7 +173,7 @@ def change_order(m: Machine) -> None:
 
 
 def change_fault(m: Machine) -> None:
-    m.kvm.vcpus[0].pending_fault = (0, 2)
+    m.kvm.vcpus[0].exception = QueuedException(14, 2, 0)
 
 
 def change_buffer(m: Machine) -> None:

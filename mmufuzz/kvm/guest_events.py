@@ -1,0 +1,144 @@
+"""Events on the guest's CPU: breakpoints, single steps, and delivery of exceptions and software interrupts.
+
+A guest that has loaded an IDT gets its exceptions through it, by its own shadow tables, so that delivery itself may
+exit. Any other guest gets them logged and goes on at its next step, as the fixup table of a test kernel would have it.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mmufuzz.case.model import CODE_SLOT
+from mmufuzz.kvm.exits import EXIT_PF, EXIT_TASK_SWITCH, EXIT_TRIPLE_FAULT, VmExit
+from mmufuzz.kvm.structs import QueuedException, Vcpu
+from mmufuzz.x86.breakpoints import deliver_debug_payload
+from mmufuzz.x86.bus import Bus
+from mmufuzz.x86.decode import Unsupported
+from mmufuzz.x86.event import deliver as deliver_by_idt
+from mmufuzz.x86.event import second_exception
+from mmufuzz.x86.insn import Insn
+from mmufuzz.x86.state import DR6_BS, NO_ERROR_CODE, VECTOR_BP, VECTOR_DB, VECTOR_OF, VECTOR_PF, Fault
+
+SVM_EXIT_NPF: Final = 0x400
+
+
+def has_idt(vcpu: Vcpu) -> bool:
+    """True if exceptions go through the guest's IDT."""
+    return vcpu.regs.idt_limit != 0 and not vcpu.guest_mode
+
+
+def program_end(vcpu: Vcpu) -> int:
+    """gva behind the last step."""
+    return vcpu.spec.code_gva + CODE_SLOT * len(vcpu.spec.program)
+
+
+def settle_rip(vcpu: Vcpu) -> None:
+    """An instruction ended: where the bytes of its step end, the next step begins."""
+    offset = vcpu.regs.rip - vcpu.spec.code_gva
+    program = vcpu.spec.program
+    step = offset // CODE_SLOT
+    if 0 <= step < len(program) and offset % CODE_SLOT >= len(program[step]):
+        step += 1
+        vcpu.regs.rip = vcpu.spec.code_gva + CODE_SLOT * step
+    if 0 <= step < len(program):
+        vcpu.thread.step = step
+    if vcpu.regs.rip == program_end(vcpu):
+        vcpu.finished = True
+
+
+def next_step(vcpu: Vcpu) -> None:
+    """Leave the current step: what a test kernel's fixup table does after an exception it expects."""
+    step = vcpu.thread.step + 1
+    vcpu.regs.rip = vcpu.spec.code_gva + CODE_SLOT * step
+    if step < len(vcpu.spec.program):
+        vcpu.thread.step = step
+    else:
+        vcpu.finished = True
+
+
+def deliver(vcpu: Vcpu, exception: QueuedException) -> None:
+    """The guest without an IDT takes an exception: it is logged, and the guest goes on at its next step.
+
+    After a single step, which reports an instruction that has retired, it goes on where it is.
+    """
+    _take(vcpu, exception)
+    if exception.vector == VECTOR_DB and exception.payload & DR6_BS:
+        return
+    vcpu.progress += 1
+    next_step(vcpu)
+
+
+def _take(vcpu: Vcpu, exception: QueuedException) -> None:
+    """Log the exception; CR2, DR6 and the oracles get to know it."""
+    vector = exception.vector
+    address = 0
+    if vector == VECTOR_PF:
+        address = exception.payload
+        if vcpu.guest_mode:
+            vector = SVM_EXIT_NPF  # the nested page fault goes to L1, which resumes L2 behind the instruction
+        else:
+            vcpu.regs.cr2 = address
+        vcpu.kvm.observer.guest_fault(vcpu.index, address, exception.error_code)
+    elif vector == VECTOR_DB:
+        deliver_debug_payload(vcpu.regs, exception.payload)
+    vcpu.kvm.observer.guest_exception(vcpu.index, exception.vector)
+    vcpu.kvm.host.note("guest exception {0} error {1:#x}", vector, exception.error_code)
+    vcpu.exceptions.append((vector, exception.error_code, address, vcpu.regs.rip))
+
+
+def inject_event(vcpu: Vcpu, bus: Bus) -> VmExit | None:
+    """VM entry with an event: the CPU delivers it before it executes anything. None if no exit came in between."""
+    exception = vcpu.exception
+    again = vcpu.exception_injected
+    if exception is None:
+        exception = vcpu.interrupt
+        again = True
+    vcpu.exception = None
+    vcpu.exception_injected = False
+    vcpu.interrupt = None
+    if exception is None:
+        return None
+    return deliver_event(vcpu, bus, exception, again)
+
+
+def deliver_event(vcpu: Vcpu, bus: Bus, exception: QueuedException, again: bool) -> VmExit | None:
+    """Hardware delivers through the IDT. ``again``: the guest's CR2 and DR6 have it already.
+
+    A #PF on the way exits, with the event as IDT-vectoring information; what else happens on the way the CPU combines
+    by itself (SDM vol. 3, 6.15).
+    """
+    regs = vcpu.regs
+    while True:
+        if not again:
+            _take(vcpu, exception)
+            vcpu.progress += 1
+        following = regs.rip + exception.soft_length
+        try:
+            deliver_by_idt(regs, bus, exception.vector, exception.error_code, following, exception.soft_length != 0)
+        except Unsupported:
+            return VmExit(EXIT_TASK_SWITCH)
+        except Fault as fault:
+            if fault.vector == VECTOR_PF:
+                vmexit = VmExit(EXIT_PF, fault.address, fault.error_code)
+                vmexit.event = exception
+                return vmexit
+            second = second_exception(exception.vector, fault)
+            if second is None:
+                return VmExit(EXIT_TRIPLE_FAULT)
+            exception = QueuedException(second.vector, second.error_code, 0)
+            again = False
+            continue
+        vcpu.kvm.mark("guest.idt")
+        return None
+
+
+def software_event(insn: Insn) -> QueuedException | None:
+    """The event that INT n, INT3 and INTO deliver, for a #PF on the way; None for any other instruction."""
+    name = insn.mnemonic
+    if name == "int":
+        return QueuedException(insn.operands[0].value, NO_ERROR_CODE, 0, insn.length)
+    if name == "int3":
+        return QueuedException(VECTOR_BP, NO_ERROR_CODE, 0, insn.length)
+    if name == "into":
+        return QueuedException(VECTOR_OF, NO_ERROR_CODE, 0, insn.length)
+    return None
