@@ -41,6 +41,9 @@ class Bus:
         """INVLPG of the page that holds ``gva``."""
         raise NotImplementedError
 
+    def invpcid(self, regs: Regs, kind: int, pcid: int, gva: int) -> None:
+        """INVPCID of type ``kind`` (0 to 3), after the checks that the CPU makes. Nothing, where nothing is cached."""
+
     def halt(self, regs: Regs) -> None:
         """HLT."""
         raise NotImplementedError

@@ -9,11 +9,13 @@ from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.event import deliver
 from mmufuzz.x86.execute_operands import (
     MASK32,
+    MASK64,
     RAX,
     RBX,
     advance,
     check_io,
     effective_address,
+    is_canonical,
     linear,
     load_operand,
     operand_address,
@@ -24,6 +26,7 @@ from mmufuzz.x86.execute_operands import (
     write_reg,
 )
 from mmufuzz.x86.insn import CR, DR, FS, Insn
+from mmufuzz.x86.paging import CR4_PCIDE
 from mmufuzz.x86.state import (
     CR0_TS,
     CR4_DE,
@@ -179,6 +182,24 @@ def invlpg(regs: Regs, insn: Insn, bus: Bus) -> None:
     if insn.segment >= FS or not regs.flat:
         address = address + regs.segments[insn.segment].base & rip_mask(regs)
     bus.invlpg(regs, address)
+    advance(regs, insn)
+
+
+def invpcid(regs: Regs, insn: Insn, bus: Bus) -> None:
+    """INVPCID: #GP(0) for a type above 3, reserved bits, a PCID without CR4.PCIDE, or a non-canonical address."""
+    require_cpl0(regs)
+    bus.fence(regs)
+    kind = load_operand(regs, insn, bus, insn.operands[0])
+    descriptor = load_operand(regs, insn, bus, insn.operands[1])
+    pcid = descriptor & MASK64
+    address = descriptor >> 64
+    if kind > 3 or pcid >> 12:
+        raise Fault(VECTOR_GP, 0)
+    if kind < 2 and pcid and not regs.cr4 & CR4_PCIDE:
+        raise Fault(VECTOR_GP, 0)
+    if kind == 0 and not is_canonical(regs, address):
+        raise Fault(VECTOR_GP, 0)
+    bus.invpcid(regs, kind, pcid, address)
     advance(regs, insn)
 
 

@@ -158,6 +158,7 @@ _BY_HANDLER: Final[list[tuple[Handler, str]]] = [
     (system.mov_dr, "movdr"),
     (system.machine_status_word, "smsw lmsw clts"),
     (system.invlpg, "invlpg"),
+    (system.invpcid, "invpcid"),
     (system.privileged_nop, "invd wbinvd"),
     (system.halt, "hlt"),
     (system.mfence, "mfence"),

@@ -374,6 +374,7 @@ NP:F7   maskmovq P8 Q8      reg
 """
 
 MAP_38: Final = """
+66:82   invpcid Gn M16
 NP:F0   movbe   Gv Mv
 66:F0   movbe   Gv Mv
 NP:F1   movbe   Mv Gv

@@ -77,6 +77,7 @@ OPERANDS: Final[dict[str, tuple[int, int]]] = {
     "Gb": (METHOD_REG, 1),
     "Gw": (METHOD_REG, 2),
     "Gv": (METHOD_REG, SIZE_OPERAND),
+    "Gn": (METHOD_REG, SIZE_NATIVE),
     "Gy": (METHOD_REG, SIZE_WIDE),
     "By": (METHOD_VEX_REG, SIZE_WIDE),
     "Zb": (METHOD_OPCODE, 1),

@@ -67,6 +67,9 @@ class FlatBus(Bus):
     def invlpg(self, regs: Regs, gva: int) -> None:
         self.log.append(("invlpg", gva))
 
+    def invpcid(self, regs: Regs, kind: int, pcid: int, gva: int) -> None:
+        self.log.append(("invpcid", kind, pcid, gva))
+
     def halt(self, regs: Regs) -> None:
         self.log.append(("halt",))
 

@@ -43,6 +43,7 @@ movaps xmm15, oword [r8]        movups oword [rax], xmm0         movdqu xmm2, ow
 fstp dword [rax]                fstp qword [rax]                 fstp tword [rax]            vmovdqu yword [rax], ymm0
 vmovdqu xmm1, oword [r9]        clc                              stc                         cmc
 cld                             std                              sete byte [rax]             setl r9b
+invpcid rcx, oword [rax]
 cmova rax, qword [rbx]          cmovns cx, dx                    fep mov dword [rax], ebx    fep lock inc qword [rbx]
 """
 TEXTS = [text for line in CANONICAL.strip().splitlines() for text in line.split("   ") if text]

@@ -212,7 +212,8 @@ def test_sysenter(mode: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["hlt", "wrmsr", "lgdt [rbx]", "mov cr0, rax", "invlpg [rbx]", "clts", "wbinvd", "in al, 5"]
+    "line",
+    ["hlt", "wrmsr", "lgdt [rbx]", "mov cr0, rax", "invlpg [rbx]", "invpcid rax, [rbx]", "clts", "wbinvd", "in al, 5"],
 )
 def test_privileged_instructions_are_gp_at_cpl_3(line: str) -> None:
     made = run(64, asm(line), registers={"cpl": 3, "rbx": STACK})

@@ -9,6 +9,7 @@ from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.decode import decode
 from mmufuzz.x86.execute_operands import condition, read_reg, write_reg
 from mmufuzz.x86.executor import execute
+from mmufuzz.x86.paging import CR4_PCIDE
 from mmufuzz.x86.state import (
     FLAG_CF,
     FLAG_DF,
@@ -256,7 +257,7 @@ def test_a_fault_on_the_stack_leaves_every_register_untouched(text: str, bus: Fl
     assert faults(text, machine(), bus).vector == VECTOR_PF
 
 
-@pytest.mark.parametrize("text", ["hlt", "invlpg [rbx]", "mov cr3, rax", "mov rax, cr3"])
+@pytest.mark.parametrize("text", ["hlt", "invlpg [rbx]", "invpcid rax, [rbx]", "mov cr3, rax", "mov rax, cr3"])
 def test_privileged_instructions_need_cpl_0(text: str, bus: FlatBus) -> None:
     regs = machine()
     regs.cpl = 3
@@ -450,6 +451,46 @@ def test_invlpg_of_a_non_canonical_address_is_no_fault(bus: FlatBus) -> None:
     regs.gpr[RBX] = HOLE
     run("invlpg [rbx]", regs, bus)
     assert bus.log[-1] == ("invlpg", HOLE)
+
+
+def invpcid(bus: FlatBus, kind: int, pcid: int, gva: int, cr4: int = CR4_PCIDE) -> tuple[object, ...]:
+    """The last thing that reaches the bus; ("fault", vector, error code) in the place of a fault."""
+    regs = machine()
+    regs.cr4 = cr4
+    regs.gpr[RAX] = kind
+    bus.poke(DATA, 8, pcid)
+    bus.poke(DATA + 8, 8, gva)
+    try:
+        run("invpcid rax, [rbx]", regs, bus)
+    except Fault as fault:
+        return ("fault", fault.vector, fault.error_code)
+    return bus.log[-1]
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_invpcid_hands_type_pcid_and_address_to_the_bus(kind: int, bus: FlatBus) -> None:
+    assert invpcid(bus, kind, 0xFFF, HOLE - 1) == ("invpcid", kind, 0xFFF, HOLE - 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pcid", "gva", "cr4"),
+    [(4, 0, 0, CR4_PCIDE), (1 << 32, 0, 0, CR4_PCIDE), (3, 1 << 12, 0, CR4_PCIDE), (3, 1 << 63, 0, CR4_PCIDE),
+     (0, 1, 0, 0), (1, 1, 0, 0), (0, 0, HOLE, CR4_PCIDE)],
+)  # fmt: skip
+def test_invpcid_checks_its_operands(kind: int, pcid: int, gva: int, cr4: int, bus: FlatBus) -> None:
+    assert invpcid(bus, kind, pcid, gva, cr4) == ("fault", VECTOR_GP, 0)
+
+
+@pytest.mark.parametrize(("kind", "pcid", "gva", "cr4"), [(0, 0, 5, 0), (2, 7, HOLE, 0), (1, 7, HOLE, CR4_PCIDE)])
+def test_invpcid_looks_only_at_what_its_type_uses(kind: int, pcid: int, gva: int, cr4: int, bus: FlatBus) -> None:
+    assert invpcid(bus, kind, pcid, gva, cr4) == ("invpcid", kind, pcid, gva)
+
+
+def test_invpcid_has_a_32_bit_type_outside_64_bit_code(bus: FlatBus) -> None:
+    regs = machine(False)
+    regs.gpr[RAX] = 1 << 32 | 2
+    run("invpcid eax, [ebx]", regs, bus, False)
+    assert bus.log[-1] == ("invpcid", 2, 0, 0)
 
 
 def test_control_registers_are_read_from_the_register_file_and_cr2_written_to_it(bus: FlatBus) -> None:

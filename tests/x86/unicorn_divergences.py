@@ -10,7 +10,8 @@ from mmufuzz.x86.opcodes import MAP_VEX
 from mmufuzz.x86.state import FLAG_CF, Regs
 
 _NAMES = """
-movcr movdr in out ins outs hlt ud2 invlpg cpuid rdtsc rdtscp rdpid rdpmc rdmsr wrmsr xgetbv xsetbv rdpkru wrpkru
+movcr movdr in out ins outs hlt ud2 invlpg invpcid cpuid rdtsc rdtscp rdpid rdpmc rdmsr wrmsr xgetbv xsetbv rdpkru
+wrpkru
 syscall sysret sysenter sysexit swapgs clts invd wbinvd smsw lmsw sgdt sidt lgdt lidt sldt str lldt ltr lar lsl verr
 verw arpl clac stac cli sti les lds lss lfs lgs jmpf callf retf iret int int3 into int1 rdfsbase rdgsbase wrfsbase
 wrgsbase fxsave fxrstor xsave xrstor xsaveopt xsavec ldmxcsr
