@@ -25,6 +25,9 @@ OWN = "cases"
 CASE_HARNESS = "atheris_cases"
 """The Atheris harness whose inputs are Cases."""
 
+INSN_HARNESS = "atheris_insn"
+"""The one whose inputs are instructions."""
+
 MOST_CASES = 2000
 """Cases that a corpus has in memory."""
 

@@ -25,6 +25,11 @@ class Rng:
         """A value in 0..bound-1; ``bound`` at least 1. The bias is below 2**-32 for bounds below 2**32."""
         return self.next64() % bound
 
+    def bytes(self, count: int) -> bytes:
+        """``count`` bytes."""
+        words = [self.next64().to_bytes(8, "little") for _ in range((count + 7) // 8)]
+        return b"".join(words)[:count]
+
     def chance(self, numerator: int, denominator: int) -> bool:
         """True with probability numerator/denominator."""
         return self.below(denominator) < numerator

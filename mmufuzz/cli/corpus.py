@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mmufuzz.campaign.corpus import SUFFIX, files, load_file
+from mmufuzz.campaign.corpus import INSN_HARNESS, SUFFIX, files, load_file
 from mmufuzz.campaign.files import InputError, checkout
 from mmufuzz.campaign.findings import size
 from mmufuzz.campaign.minimal import merge
+from mmufuzz.campaign.opcode_reach import reach_of
 from mmufuzz.campaign.reached import Reached, summary
 from mmufuzz.campaign.running import safe_run
 from mmufuzz.case import bytes as case_bytes
@@ -25,7 +26,7 @@ from mmufuzz.cli.status import Status
 def add_parser(verbs: Any) -> None:
     """The verb's arguments."""
     parser = verbs.add_parser("corpus", help="describe, check or minimize a corpus")
-    parser.add_argument("what", choices=("stats", "verify", "merge"))
+    parser.add_argument("what", choices=("stats", "verify", "merge", "opcodes"))
     parser.add_argument("paths", metavar="PATH", nargs="*", help="default: the checkout's corpus/; merge needs one")
     parser.add_argument("-o", "--output", metavar="DIR", help="merge: where the minimal corpus goes")
     add_json(parser)
@@ -33,7 +34,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace, output: Output) -> Status:
-    """JSON: ``stats`` and ``merge`` an object of sums; ``verify`` a list like ``replay``'s."""
+    """JSON: ``stats``, ``merge`` and ``opcodes`` an object of sums; ``verify`` a list like ``replay``'s."""
     paths = [Path(name) for name in arguments.paths]
     if arguments.what == "merge":
         return _merge(paths, arguments.output, output)
@@ -43,7 +44,9 @@ def run(arguments: argparse.Namespace, output: Output) -> Status:
         root = checkout()
         if root is None:
             raise InputError("corpus", "expected a PATH (the default corpus is in the source checkout; run from there)")
-        paths = [root / "corpus"]
+        paths = [root / "corpus" / "seeds" / INSN_HARNESS if arguments.what == "opcodes" else root / "corpus"]
+    if arguments.what == "opcodes":
+        return _opcodes(paths, output)
     found = [file for path in paths for file in files(path)]
     if arguments.what == "stats":
         return _stats(found, output)
@@ -92,6 +95,21 @@ def _merge(paths: list[Path], target: str | None, output: Output) -> Status:
     fields = {"read": read, "kept": len(kept), "removed": removed, "bytes": size, "counters": counters, "out": target}
     output.json(fields)
     return Status.CLEAN
+
+
+def _opcodes(paths: list[Path], output: Output) -> Status:
+    """Opcode-table entries that inputs of the instruction harness reach; status 1 if one is missing."""
+    reach = reach_of(paths)
+    modes = reach.as_json()
+    output.line(f"{reach.inputs} inputs")
+    output.line(f"{'mode':<8} {'entries':>8} {'executed':>9} {'retired':>8}")
+    for name, row in modes.items():
+        output.line(f"{name:<8} {row['entries']:>8} {row['executed']:>9} {row['retired']:>8}")
+    for name, row in modes.items():
+        for entry in row["missing"]:
+            output.line(f"not reached: {name} {entry}")
+    output.json({"inputs": reach.inputs, "modes": modes})
+    return Status.FOUND if any(row["missing"] for row in modes.values()) else Status.CLEAN
 
 
 def _verify(found: list[Path], output: Output) -> Status:

@@ -165,6 +165,7 @@ class _Decoder:
                 raise _undefined()
         insn.mnemonic = form.mnemonic
         insn.operation = form.operation
+        insn.form = form.number
         insn.length = self.position
         insn.size = self.resolve(form.size)
         insn.lock = self.lock

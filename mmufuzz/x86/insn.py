@@ -50,15 +50,16 @@ class Insn:
     """A decoded instruction.
 
     ``mnemonic`` is lower case and generic ("mov", "add", "jcc", "cmpxchg16b"), ``operation`` its place in
-    ``opcodes.MNEMONICS``; ``condition`` (0..15) completes "jcc". ``size`` is the operand size in bytes, ``asize`` the
-    address size in bytes.
-    Operands are in Intel order, destination first. ``fep`` is set when KVM's forced-emulation
-    prefix (ud2; .ascii "kvm") stands in front; its 5 bytes count in ``length``.
+    ``opcodes.MNEMONICS``, ``form`` that of the table entry in ``opcodes.FORMS``; ``condition`` (0..15) completes "jcc".
+    ``size`` is the operand size in bytes, ``asize`` the address size in bytes. Operands are in Intel order, destination
+    first. ``fep`` is set when KVM's forced-emulation prefix (ud2; .ascii "kvm") stands in front; its 5 bytes count in
+    ``length``.
     """
 
     def __init__(self, mnemonic: str, length: int, size: int, asize: int) -> None:
         self.mnemonic = mnemonic
         self.operation = 0
+        self.form = -1
         self.length = length
         self.size = size
         self.asize = asize
@@ -95,6 +96,7 @@ def renamed(insn: Insn, mnemonic: str, operation: int) -> Insn:
     """A copy of ``insn`` that is another operation on the same operands."""
     other = Insn(mnemonic, insn.length, insn.size, insn.asize)
     other.operation = operation
+    other.form = insn.form
     other.operands = insn.operands
     other.condition = insn.condition
     other.lock = insn.lock

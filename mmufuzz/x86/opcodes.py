@@ -186,7 +186,7 @@ class Form:
     ``methods`` and ``sizes`` describe the operands in Intel order. ``size`` is the Insn's size: bytes, or
     ``SIZE_OPERAND``. ``reg`` is the opcode extension or -1, ``modrm`` the whole ModRM byte or -1, ``prefix`` a
     ``PREFIX_`` value or -1 for "any". ``low_bits`` counts the opcodes, or ModRM bytes, of the form (1, 8 or 16).
-    ``operation`` numbers the mnemonic: see ``MNEMONICS``.
+    ``operation`` numbers the mnemonic: see ``MNEMONICS``. ``number`` is the place in ``FORMS``.
     """
 
     def __init__(self, opcode_map: int, prefix: int, opcode: int, mnemonic: str) -> None:
@@ -198,6 +198,7 @@ class Form:
         self.modrm = -1
         self.mnemonic = mnemonic
         self.operation = 0
+        self.number = 0
         self.methods: list[int] = []
         self.sizes: list[int] = []
         self.flags = 0
@@ -282,6 +283,8 @@ def _parse_forms() -> list[Form]:
     for opcode_map, lines in _TEXTS:
         for line in lines.strip().splitlines():
             forms.append(_parse_line(opcode_map, line))
+    for number in range(len(forms)):
+        forms[number].number = number
     return forms
 
 
@@ -340,6 +343,28 @@ def _fill(row: Row, form: Form) -> None:
         if form.flags & (NARROW if place & 64 else WIDE):
             continue
         row.forms[place] = form
+
+
+def entries(bits: int) -> list[Form]:
+    """The forms that code of ``bits`` (64, 32 or 16) can encode, in the order of ``FORMS``."""
+    found = [False] * len(FORMS)
+    # Outside 64-bit code no prefix selects 64-bit operands.
+    selectors = 128 if bits == 64 else 64
+    for opcode_map in range(MAP_VEX3A + 1):
+        for vex_l in (False, True):
+            for row in rows(opcode_map, bits == 64, vex_l):
+                if row is not None:
+                    _mark(row, selectors, found)
+    return [form for form in FORMS if found[form.number]]
+
+
+def _mark(row: Row, selectors: int, found: list[bool]) -> None:
+    for place in range(selectors):
+        form = row.forms[place]
+        if form is not None:
+            found[form.number] = True
+    for form in row.exact.values():
+        found[form.number] = True
 
 
 def is_unmodelled(opcode_map: int, opcode: int) -> bool:

@@ -165,6 +165,10 @@ def test_reducing_a_case_without_a_finding_is_refused(mmufuzz: Run, healthy: Pat
     refused(mmufuzz("reduce", healthy), "healthy.toml", "finding")
 
 
+def test_opcodes_of_a_corpus_that_is_not_there_is_refused(mmufuzz: Run, tmp_path: Path) -> None:
+    refused(mmufuzz("corpus", "opcodes", tmp_path / "none"), "none")
+
+
 def test_help_is_not_an_error() -> None:
     assert main(["--help"]) == 0
 

@@ -129,6 +129,16 @@ def test_corpus_verify_reports_what_is_not_in_order(mmufuzz: Run, healthy: Path,
     assert {row["verdict"] for row in answer.json} == {"ok", "malformed"}
 
 
+def test_corpus_opcodes_counts_entries_and_names_the_missing_ones(mmufuzz: Run, tmp_path: Path) -> None:
+    assert mmufuzz("corpus", "opcodes").status == 0
+    (tmp_path / "one").write_bytes(b"\0\0\x90")
+    answer = mmufuzz("corpus", "opcodes", tmp_path, "--json", "-")
+    assert answer.status == 1
+    mode = answer.json["modes"]["64-bit"]
+    assert (answer.json["inputs"], mode["executed"], mode["retired"]) == (1, 1, 1)
+    assert "0F A2 cpuid" in mode["missing"] and "90 nop" not in mode["missing"]
+
+
 def test_doctor_finds_the_bug_it_plants(mmufuzz: Run) -> None:
     answer = mmufuzz("doctor", "--json", "-")
     assert answer.status == 0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from encodings_random import Random, encode
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from mmufuzz.case.encodings import encode
+from mmufuzz.case.rng import Rng
 from mmufuzz.x86.asm import AsmError, assemble, disassemble
 from mmufuzz.x86.decode import FEP, Truncated, decode
 from mmufuzz.x86.insn import REP_NONE, Insn
@@ -82,7 +83,7 @@ WITHOUT_TEXT = {"arpl", "lldt", "lmsw", "ltr", "nop", "verr", "verw", "xchg"}
 def test_every_mnemonic_of_the_tables_survives_text() -> None:
     survived = set(WITHOUT_TEXT)
     for number, form in enumerate(FORMS):
-        rng = Random(number)
+        rng = Rng(number)
         for trial in range(24):
             mode64 = trial % 2 == 0
             code = encode(rng, form, mode64)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import iced_reference as iced
 import iced_x86
 import pytest
-from encodings_random import Random, encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmufuzz.case.encodings import encode
+from mmufuzz.case.rng import Rng
 from mmufuzz.x86 import decode as decode_module
 from mmufuzz.x86.decode import FEP, Truncated, decode
 from mmufuzz.x86.executor import supported as executable
@@ -137,7 +138,7 @@ def test_agrees_with_iced_on_every_addressing_form(address_prefix: str, mode64: 
                 check_against_iced(bytes.fromhex(address_prefix + rex + "89") + tail, mode64)
 
 
-def random_code(rng: Random, number: int) -> tuple[bytes, bool]:
+def random_code(rng: Rng, number: int) -> tuple[bytes, bool]:
     """By turns: random bytes; a form of the tables; the same with up to three bytes changed."""
     mode64 = rng.below(2) == 0
     if number % 3 == 0:
@@ -150,14 +151,14 @@ def random_code(rng: Random, number: int) -> tuple[bytes, bool]:
 
 
 def test_agrees_with_iced_on_random_and_mutated_forms() -> None:
-    rng = Random(0)
+    rng = Rng(0)
     for number in range(6000):
         check_against_iced(*random_code(rng, number))
 
 
 @pytest.mark.oracle
 def test_agrees_with_iced_on_a_million_strings() -> None:
-    rng = Random(1)
+    rng = Rng(1)
     for number in range(1_000_000):
         check_against_iced(*random_code(rng, number))
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import unicorn
 import unicorn.x86_const as x86
-from encodings_random import Random, encode
 from flatbus import FlatBus
 from unicorn_divergences import CANNOT_RUN, DIVERGENCES, divergence_of
 
+from mmufuzz.case.encodings import edge_value, encode
+from mmufuzz.case.rng import Rng
 from mmufuzz.x86 import alu
 from mmufuzz.x86.decode import Truncated, decode, decode16
 from mmufuzz.x86.execute_operands import bit_offset, effective_address
@@ -139,7 +140,7 @@ class Walk:
     def __init__(self, oracle: Oracle, bus: FlatBus, seed: int) -> None:
         self.oracle = oracle
         self.bus = bus
-        self.rng = Random(seed)
+        self.rng = Rng(seed)
         self.bits = oracle.bits
         self.regs = self.fresh()
         self.seen: dict[str, int] = {}
@@ -156,9 +157,9 @@ class Walk:
             for index in range(6):
                 install(regs, index, 0, 0, 0xFFFF, regs.segments[index].rights & 0xFF)
         for index in range(16 if self.bits == 64 else 8):
-            regs.gpr[index] = rng.value() if self.bits == 64 else rng.value() & 0xFFFFFFFF
-            regs.xmm[index] = rng.word() << 64 | rng.word()
-        regs.rflags = FLAG_FIXED | rng.word() & COMPARED_FLAGS
+            regs.gpr[index] = edge_value(rng) if self.bits == 64 else edge_value(rng) & 0xFFFFFFFF
+            regs.xmm[index] = rng.next64() << 64 | rng.next64()
+        regs.rflags = FLAG_FIXED | rng.next64() & COMPARED_FLAGS
         return regs
 
     def address(self) -> int:
@@ -262,7 +263,7 @@ class Walk:
             if name in ("enter", "leave"):
                 regs.gpr[5] = self.address()
             if name == "popf":
-                self.put(regs.gpr[4], 8, FLAG_FIXED | self.rng.word() & COMPARED_FLAGS)
+                self.put(regs.gpr[4], 8, FLAG_FIXED | self.rng.next64() & COMPARED_FLAGS)
         if name in STRINGS:
             regs.gpr[6] = self.address()
             regs.gpr[7] = regs.gpr[6] + self.rng.below(64)
@@ -326,7 +327,7 @@ class Walk:
 
 def random_memory() -> FlatBus:
     """A bus over the data."""
-    rng = Random(0)
+    rng = Rng(0)
     bus = FlatBus(DATA_SIZE)
     bus.memory[:] = rng.bytes(DATA_SIZE)
     return bus

@@ -1,0 +1,171 @@
+"""What the harness of decoder, executor and emulator does with an input.
+
+At most ``MOST_INSTRUCTIONS`` are executed, one behind the other wherever they branch to: after an exception the next
+one follows, as in the model's guests. Memory is everywhere and holds the instructions over and over, so that whoever
+changes the input changes descriptors, gates and stacks too.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mmufuzz.campaign.insn_inputs import HANDLED, HEADER, MOST_INSTRUCTIONS, USER, bits_of, decoded
+from mmufuzz.case.encodings import edge_value
+from mmufuzz.case.rng import Rng
+from mmufuzz.x86.bus import Bus
+from mmufuzz.x86.decode import MAX_LENGTH, Unsupported
+from mmufuzz.x86.event import TripleFault, deliver_exception
+from mmufuzz.x86.executor import execute
+from mmufuzz.x86.flat_registers import initial_registers
+from mmufuzz.x86.insn import REP_NONE, Insn
+from mmufuzz.x86.segments import refresh
+from mmufuzz.x86.state import CR0_PG, VECTOR_GP, Fault, Regs
+
+ORIGIN: Final = 0x1000
+
+_BEHIND_FAULTS: Final = frozenset(("movdr",))
+"""Instructions that change something and fault: general detect clears DR7.GD (SDM vol. 3, 18.2.4)."""
+
+
+class EchoBus(Bus):
+    """Memory that holds ``fill`` over and over until it is written to, and no paging."""
+
+    def __init__(self, fill: bytes) -> None:
+        self.fill = fill
+        self.memory: dict[int, int] = {}
+
+    def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
+        """See ``Bus``."""
+        fill = self.fill
+        value = 0
+        for place in range(size):
+            at = gva + place
+            value |= self.memory.get(at, fill[at % len(fill)]) << (8 * place)
+        return value
+
+    def store(self, regs: Regs, gva: int, size: int, value: int, locked: bool) -> None:
+        """See ``Bus``."""
+        assert 0 <= value < 1 << (8 * size), "a store wider than its size"
+        for place in range(size):
+            self.memory[gva + place] = value >> (8 * place) & 0xFF
+
+    def fetch(self, regs: Regs, gva: int, size: int) -> bytes:
+        """See ``Bus``."""
+        return self.load(regs, gva, size, False, False).to_bytes(size, "little")
+
+    def fence(self, regs: Regs) -> None:
+        """See ``Bus``."""
+
+    def write_cr(self, regs: Regs, number: int, value: int) -> None:
+        """Paging stays off, and with it the mode of the code."""
+        if number == 0:
+            if (value ^ regs.cr0) & (1 | CR0_PG) or value >> 32:
+                raise Fault(VECTOR_GP, 0)
+            regs.cr0 = value
+        elif number == 3:
+            regs.cr3 = value
+        else:
+            regs.cr4 = value
+
+    def invlpg(self, regs: Regs, gva: int) -> None:
+        """See ``Bus``."""
+
+    def halt(self, regs: Regs) -> None:
+        """See ``Bus``."""
+
+
+class Step:
+    """An instruction that was executed as code of ``bits``, and the vector of the exception it raised, or -1."""
+
+    def __init__(self, insn: Insn, bits: int, vector: int) -> None:
+        self.insn = insn
+        self.bits = bits
+        self.vector = vector
+
+
+def registers(data: bytes) -> Regs:
+    """The registers that the first two bytes stand for: addresses, mostly, and values at which flags change."""
+    bits = bits_of(data)
+    rng = Rng(data[1])
+    regs = initial_registers(bits)
+    for number in range(16 if bits == 64 else 8):
+        value = edge_value(rng) if rng.below(4) == 0 else 0x2000 + 64 * rng.below(0x380)
+        regs.gpr[number] = value if bits == 64 else value & 0xFFFFFFFF
+        regs.xmm[number] = edge_value(rng) << 128 | edge_value(rng)
+    for number in range(8):
+        regs.fpr[number] = rng.below(1 << 16) << 64 | edge_value(rng)
+    regs.ftw = rng.below(256)
+    regs.fsw = rng.below(8) << 11
+    if data[0] & USER and bits != 16:
+        regs.cpl = 3
+        regs.segments[1].rights |= 3 << 5
+        regs.segments[2].rights |= 3 << 5
+    regs.gdt_base = regs.idt_base = 0x10000
+    regs.gdt_limit = 0xFFFF
+    regs.idt_limit = 0xFFFF if data[0] & HANDLED else 0
+    refresh(regs)
+    return regs
+
+
+def step(regs: Regs, insn: Insn, bus: EchoBus) -> int:
+    """Execute: the vector of the exception, or -1. An exception leaves the registers alone."""
+    before = regs.words()
+    vector = -1
+    try:
+        execute(regs, insn, bus)
+    except TripleFault:
+        vector = 8
+    except Fault as fault:
+        vector = fault.vector
+        assert 0 <= vector < 256, "an impossible vector"
+        partial = insn.rep != REP_NONE or insn.mnemonic in _BEHIND_FAULTS
+        assert partial or regs.words() == before, f"{insn.mnemonic} faults and changes registers"
+        if regs.idt_limit and not isinstance(fault, Unsupported):
+            handle(regs, bus, fault)
+    check(regs)
+    return vector
+
+
+def handle(regs: Regs, bus: EchoBus, fault: Fault) -> None:
+    """Deliver an exception through the IDT; a triple fault and what the model lacks leave it undelivered."""
+    try:
+        deliver_exception(regs, bus, fault)
+    except (TripleFault, Unsupported):
+        return
+
+
+def check(regs: Regs) -> None:
+    """Registers are within their widths."""
+    for value in regs.gpr:
+        assert 0 <= value < 1 << 64, "a register out of range"
+    for value in regs.xmm:
+        assert 0 <= value < 1 << 256, "a vector register out of range"
+    for value in regs.fpr:
+        assert 0 <= value < 1 << 80, "an x87 register out of range"
+    assert 0 <= regs.rip < 1 << 64, "RIP out of range"
+    assert 0 <= regs.rflags < 1 << 32 and regs.rflags & 2, "RFLAGS out of range"
+    assert 0 <= regs.fsw < 1 << 16 and 0 <= regs.ftw < 1 << 8, "x87 status out of range"
+
+
+def run(data: bytes) -> list[Step]:
+    """Execute an input. Raises ``AssertionError`` for what must not be."""
+    done: list[Step] = []
+    if len(data) <= HEADER:
+        return done
+    regs = registers(data)
+    bus = EchoBus(data[HEADER:])
+    offset = HEADER
+    while len(done) < MOST_INSTRUCTIONS and offset < len(data):
+        # A far transfer may have changed it.
+        bits = 64 if regs.long_mode else 16 if regs.code16 else 32
+        insn = decoded(data[offset : offset + MAX_LENGTH], bits)
+        if insn is None:
+            offset += 1
+            continue
+        regs.rip = ORIGIN + offset
+        if insn.rep != REP_NONE:
+            # A count that ends soon.
+            regs.gpr[1] &= 0xF
+        done.append(Step(insn, bits, step(regs, insn, bus)))
+        offset += insn.length
+    return done

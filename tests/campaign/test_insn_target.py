@@ -1,0 +1,144 @@
+"""The target of the instruction harness: what it reaches, and that its checks fire."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmufuzz.campaign import insn_inputs
+from mmufuzz.campaign.insn_inputs import HEADER, MODES, MOST_INSTRUCTIONS, bits_of, crossed, decoded, mutated, steps
+from mmufuzz.campaign.insn_target import EchoBus, registers, run, step
+from mmufuzz.campaign.opcode_reach import OpcodeReach, describe, reach_of
+from mmufuzz.case.rng import Rng
+from mmufuzz.x86.asm import assemble
+from mmufuzz.x86.decode import Truncated, decode
+from mmufuzz.x86.insn import Insn
+from mmufuzz.x86.opcodes import FORMS, entries
+from mmufuzz.x86.state import Fault, Regs
+
+SEEDS = Path(__file__).parents[2] / "corpus" / "seeds" / "atheris_insn"
+
+INPUTS = st.binary(min_size=HEADER, max_size=80)
+
+
+def told(data: bytes) -> list[tuple[int, int, int]]:
+    """The steps of an input as numbers."""
+    return [(made.insn.form, made.bits, made.vector) for made in run(data)]
+
+
+def test_the_committed_seeds_reach_every_entry_in_every_mode() -> None:
+    reach = reach_of([SEEDS])
+    for bits in MODES:
+        assert [describe(form) for form in reach.missing(bits)] == []
+        assert len(reach.retired[bits]) > 0.8 * len(entries(bits))
+
+
+def test_the_entries_of_all_modes_are_the_whole_table() -> None:
+    assert {form.number for bits in MODES for form in entries(bits)} == set(range(len(FORMS)))
+    assert [form.number for form in FORMS] == list(range(len(FORMS)))
+
+
+def test_entries_that_a_mode_lacks_are_not_expected_there() -> None:
+    names = {bits: {form.mnemonic for form in entries(bits)} for bits in MODES}
+    assert "daa" in names[32] and "daa" not in names[64]
+    assert "syscall" in names[64] and "syscall" not in names[32]
+    assert "cmpxchg16b" in names[64] and "cmpxchg16b" not in names[16]
+
+
+def test_an_instruction_that_raises_an_exception_is_executed_but_does_not_retire() -> None:
+    reach = OpcodeReach()
+    reach.add(b"\0\0" + assemble("ud2") + assemble("nop"))
+    names = [{FORMS[number].mnemonic for number in of[64]} for of in (reach.executed, reach.retired)]
+    assert names == [{"ud2", "nop"}, {"nop"}]
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(INPUTS)
+def test_any_input_runs_and_twice_alike(data: bytes) -> None:
+    assert told(data) == told(data)
+    assert len(run(data)) <= MOST_INSTRUCTIONS
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(INPUTS, st.integers(0, 1 << 32))
+def test_a_mutation_keeps_the_mode_and_the_size(data: bytes, seed: int) -> None:
+    changed = mutated(data, 64, Rng(seed), lambda raw, size: raw[:size])
+    assert len(changed) <= 64
+    assert bits_of(changed) == bits_of(data)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(INPUTS, INPUTS, st.integers(0, 1 << 32))
+def test_a_crossover_is_made_of_instructions_of_both(one: bytes, other: bytes, seed: int) -> None:
+    changed = crossed(one, other, 64, Rng(seed))
+    assert changed[:HEADER] == one[:HEADER] and len(changed) <= 64
+    if bits_of(one) == bits_of(other):
+        assert set(steps(changed)[:-1]) <= {*steps(one), *steps(other)}
+
+
+def test_mutations_alone_reach_most_of_a_table() -> None:
+    rng = Rng(1)
+    reach = OpcodeReach()
+    data = b"\0\0"
+    for _ in range(3000):
+        data = mutated(data, 1000, rng, lambda raw, size: raw)
+        reach.add(data)
+    assert len(reach.executed[64]) > 0.7 * len(entries(64))
+
+
+def test_steps_are_the_instructions_of_an_input() -> None:
+    lines = [assemble(line, False) for line in ("mov eax, dword [ebx]", "nop", "ret")]
+    assert steps(b"\1\0" + b"".join(lines)) == lines
+
+
+# The checks fire.
+
+
+def test_a_fault_that_changes_registers_is_noticed() -> None:
+    class Leaky(EchoBus):
+        def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
+            regs.gpr[5] ^= 1
+            raise Fault(14, 0, gva)
+
+    with pytest.raises(AssertionError, match="mov faults and changes registers"):
+        step(registers(b"\0\0"), decode(assemble("mov rax, [rbx]"), True), Leaky(b"\0"))
+
+
+def test_a_register_out_of_range_is_noticed() -> None:
+    class Wide(EchoBus):
+        def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
+            return 1 << 8 * size
+
+    with pytest.raises(AssertionError, match="a register out of range"):
+        step(registers(b"\0\0"), decode(assemble("mov rax, [rbx]"), True), Wide(b"\0"))
+
+
+@pytest.mark.parametrize(("length", "what"), [(2, "bytes behind"), (0, "impossible length")])
+def test_a_wrong_length_is_noticed(length: int, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(code: bytes, bits: int) -> Insn:
+        # MOV with a ModRM byte, said to end before or behind it.
+        if len(code) < 2:
+            raise Truncated
+        insn = decode(b"\x89\xc0", True)
+        made = Insn(insn.mnemonic, length, insn.size, insn.asize)
+        made.form = insn.form if len(code) > length else 0
+        return made
+
+    monkeypatch.setattr(insn_inputs, "_decode", wrong)
+    with pytest.raises(AssertionError, match=what):
+        decoded(b"\x89\xc0\x90", 64)
+
+
+def test_an_instruction_that_needs_fewer_bytes_than_its_length_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(code: bytes, bits: int) -> Insn:
+        insn = decode(b"\x89\xc0", True)
+        made = Insn(insn.mnemonic, 3, insn.size, insn.asize)
+        made.form = insn.form
+        return made
+
+    monkeypatch.setattr(insn_inputs, "_decode", short)
+    with pytest.raises(AssertionError, match="goes on behind its end"):
+        decoded(b"\x89\xc0\x90", 64)
