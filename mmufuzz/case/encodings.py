@@ -17,21 +17,21 @@ def encode(rng: Rng, form: op.Form, mode64: bool, mod3: bool | None = None) -> b
     leaves it open. An absolute address lies in 0x2000 to 0x5FFF. Where two forms share an encoding the bytes may be
     the other one's.
     """
-    code = bytearray()
+    code = b""
     if form.opcode_map < op.MAP_VEX:
         code += _legacy_prefixes(rng, form, mode64, mod3)
     else:
         code += _vex_prefix(rng, form, mode64)
     opcode = form.opcode if form.modrm >= 0 else form.opcode + rng.below(form.low_bits)
-    code.append(opcode)
+    code += bytes((opcode,))
     if form.modrm >= 0:
-        code.append(form.modrm + rng.below(form.low_bits))
+        code += bytes((form.modrm + rng.below(form.low_bits),))
     elif form.needs_modrm:
         reg = form.reg if form.reg >= 0 else rng.below(8)
-        code.append(_mod(rng, form, mod3) << 6 | reg << 3 | rng.below(8))
+        code += bytes((_mod(rng, form, mod3) << 6 | reg << 3 | rng.below(8),))
     if op.METHOD_MOFFS in form.methods:
         code += (0x2000 + 16 * rng.below(0x400)).to_bytes(8, "little")
-    return bytes(code) + rng.bytes(12)
+    return code + rng.bytes(12)
 
 
 def edge_value(rng: Rng) -> int:
@@ -50,20 +50,21 @@ def _mod(rng: Rng, form: op.Form, mod3: bool | None) -> int:
 
 
 def _legacy_prefixes(rng: Rng, form: op.Form, mode64: bool, mod3: bool | None) -> bytes:
-    code = bytearray()
+    code = b""
     if form.prefix > 0:
-        code.append(op.PREFIX_BYTES[form.prefix])
+        code += bytes((op.PREFIX_BYTES[form.prefix],))
     elif form.prefix < 0 and rng.below(4) == 0:
-        code.append(0x66)
+        code += b"\x66"
     if form.flags & op.STRING and rng.below(2):
-        code.append(0xF2 + rng.below(2))
+        code += bytes((0xF2 + rng.below(2),))
     if rng.below(8) == 0:
-        code.append(0x67)
+        code += b"\x67"
     if form.flags & op.LOCKABLE and mod3 is not True and rng.below(4) == 0:
-        code.append(0xF0)
+        code += b"\xf0"
     if mode64 and (rng.below(2) or form.flags & op.WIDE):
-        code.append((0x40 | rng.below(16) | (8 if form.flags & op.WIDE else 0)) & ~(8 if form.flags & op.NARROW else 0))
-    return bytes(code) + _ESCAPES[form.opcode_map]
+        rex = 0x40 | rng.below(16) | (8 if form.flags & op.WIDE else 0)
+        code += bytes((rex & ~8 if form.flags & op.NARROW else rex,))
+    return code + _ESCAPES[form.opcode_map]
 
 
 def _vex_prefix(rng: Rng, form: op.Form, mode64: bool) -> bytes:
@@ -73,4 +74,4 @@ def _vex_prefix(rng: Rng, form: op.Form, mode64: bool) -> bytes:
     if form.flags & op.WIDE or (not form.flags & op.NARROW and rng.below(2)):
         last |= 0x80
     high = (rng.below(8) if mode64 else 7) << 5
-    return bytes([0xC4, high | form.opcode_map - op.MAP_VEX + 1, last])
+    return bytes((0xC4, high | form.opcode_map - op.MAP_VEX + 1, last))
