@@ -40,6 +40,7 @@ def fuzz(
     words: list[bytes],
     mutate: Callable[[bytes, int, int], bytes] | None = None,
     cross: Callable[[bytes, bytes, int, int], bytes] | None = None,
+    more_flags: tuple[str, ...] = (),
 ) -> None:
     """Fuzz ``target`` until ``work`` is over; never returns. ``words`` are libFuzzer's dictionary.
 
@@ -63,6 +64,7 @@ def fuzz(
         remove_torn(work.corpora[0])
     flags = libfuzzer_flags(work.budget.seconds, work.seed, work.corpora)
     flags += [f"-artifact_prefix={errors}/", f"-dict={_in_memory(dictionary_text(words))}"]
+    flags += more_flags
     kwargs: dict[str, Any] = {}
     if mutate is not None:
         kwargs["custom_mutator"] = mutate

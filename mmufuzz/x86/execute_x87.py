@@ -246,6 +246,11 @@ def reset(regs: Regs) -> None:
     regs.ftw = 0
 
 
+def control_word(value: int) -> int:
+    """FCW when ``value`` is loaded: bit 6 reads as one, the other reserved bits as zero (SDM vol. 1, 8.1.5)."""
+    return value & 0x1F7F | 0x40
+
+
 def control(regs: Regs, insn: Insn, bus: Bus) -> None:
     """FNINIT, FNCLEX, FLDCW, FNSTCW, FNSTSW."""
     name = insn.mnemonic
@@ -255,7 +260,7 @@ def control(regs: Regs, insn: Insn, bus: Bus) -> None:
     elif name == "fnclex":
         regs.fsw &= ~(_EXCEPTIONS | STACK_FAULT | SUMMARY | _BUSY)
     elif name == "fldcw":
-        regs.fcw = load_operand(regs, insn, bus, insn.operands[0]) | 0x40
+        regs.fcw = control_word(load_operand(regs, insn, bus, insn.operands[0]))
         summarize(regs, 0)
     elif name == "fnstcw":
         store_operand(regs, insn, bus, insn.operands[0], regs.fcw)
@@ -332,7 +337,7 @@ def load_environment(regs: Regs, insn: Insn, bus: Bus) -> None:
         for place in range(8):
             at = linear(regs, insn.segment, offset + 7 * size + 10 * place & wrap, 10, False)
             values.append(bus.load(regs, at, 10, False, False))
-    regs.fcw = fields[0] & 0x1F7F | 0x40
+    regs.fcw = control_word(fields[0])
     regs.fsw = fields[1]
     regs.ftw = 0
     for place in range(8):

@@ -10,7 +10,7 @@ from typing import Final
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.execute_operands import MASK64, RAX, RDX, advance, operand_address, read_reg
 from mmufuzz.x86.execute_vector import check_enabled, checked_mxcsr
-from mmufuzz.x86.execute_x87 import reset, summarize
+from mmufuzz.x86.execute_x87 import control_word, reset, summarize
 from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.state import CR0_EM, CR0_TS, MXCSR_RESET, VECTOR_GP, VECTOR_NM, Fault, Regs
 
@@ -60,7 +60,7 @@ class _X87State:
 
     def __init__(self, regs: Regs, bus: Bus, address: int) -> None:
         word = bus.load(regs, address, 8, False, False)
-        self.fcw = word & 0x1F7F | 0x40
+        self.fcw = control_word(word)
         self.fsw = word >> 16 & 0xFFFF
         self.ftw = word >> 32 & 0xFF
         self.stack = [bus.load(regs, address + 32 + 16 * place, 10, False, False) for place in range(8)]

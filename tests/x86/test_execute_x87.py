@@ -84,6 +84,11 @@ def test_fnsave_and_frstor_are_inverse() -> None:
     assert (made.registers["fsw"], made.registers["ftw"], made.registers["fcw"]) == (5 << 11, 0xF7, 0x27F)
 
 
+@pytest.mark.parametrize(("word", "loaded"), [(0xFFFF, 0x1F7F), (0, 0x40)])
+def test_reserved_bits_of_the_control_word_do_not_change(word: int, loaded: int) -> None:
+    assert run("fldcw word [rbx]", data=word.to_bytes(2, "little")).registers["fcw"] == loaded
+
+
 def test_fxsave_has_the_registers_from_the_top_of_the_stack() -> None:
     made = run("fxsave [rbx]", fsw=5 << 11, fpr5=0x1234, ymm3=0xABC, mxcsr=0x1FBF)
     image = made.memory[DATA]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmufuzz.x86 import alu
-from mmufuzz.x86.insn import Insn
+from mmufuzz.x86.floats import INVALID, narrow, to_integer
+from mmufuzz.x86.insn import STI, Insn
 from mmufuzz.x86.opcodes import MAP_VEX
 from mmufuzz.x86.state import FLAG_CF, Regs
 
@@ -100,6 +101,44 @@ DIVERGENCES = {
         "SDM vol. 1, 3.4.1.1 zero-extends results only, and CPUs leave the other register alone",
         result=True,
     ),
+    "x87-flags": Divergence(
+        "the exception flags of the x87 and C1 stay clear", "SDM vol. 1, 8.1.3: they are set, masked or not"
+    ),
+    "x87-stack": Divergence(
+        "a push onto a full x87 stack and the use of an empty register are no stack faults",
+        "SDM vol. 1, 8.5.1.1: invalid operation, whose masked result is the default NaN or the integer indefinite",
+        skip=True,
+    ),
+    "x87-invalid": Divergence(
+        "FISTTP of what does not fit stores the largest integer, and FST of a signalling NaN a signalling one",
+        "SDM vol. 1, 8.5.1.2 and 4.8.3.4: the integer indefinite; NaNs become quiet",
+        skip=True,
+    ),
+    "x87-constants": Divergence(
+        "FLDPI and the other constants are rounded to nearest whatever FCW says",
+        "SDM vol. 2, FLD1: rounded as FCW.RC says",
+        skip=True,
+    ),
+    "x87-empty-destination": Divergence(
+        "FST and FSTP to an empty register leave it empty", "SDM vol. 1, 8.1.7: the tag tells what a register holds"
+    ),
+    "x87-loaded": Divergence(
+        "FLDCW, FLDENV and FRSTOR load reserved bits of FCW, and ES and B of FSW as they are in memory",
+        "SDM vol. 1, 8.1.3 and 8.1.5: ES and B follow from flags and masks; reserved bits do not change",
+    ),
+    "x87-environment": Divergence(
+        "FNSTENV and FNSAVE write zeros to the unused halves, and the last instruction and operand",
+        "SDM vol. 1, 8.1.10: CPUs write ones; the model does not track the last instruction",
+    ),
+    "x87-rex": Divergence(
+        "REX.W before FNSAVE and FRSTOR puts the registers 28 bytes behind the environment",
+        "SDM vol. 2, FRSTOR: the 32-bit format has 108 bytes, and REX.W selects no other",
+        skip=True,
+    ),
+    "mmx-exponent": Divergence(
+        "a write to an MMX register leaves bits 79 to 64 of the x87 register",
+        "SDM vol. 3, 12.2: they are set to ones",
+    ),
 }
 
 
@@ -116,9 +155,50 @@ def prefixes(code: bytes, bits: int) -> tuple[bool, int]:
     return 0x66 in code[:place], rex
 
 
+_PUSHES = frozenset(("fld", "fild", "fld1", "fldl2t", "fldl2e", "fldpi", "fldlg2", "fldln2", "fldz"))
+_READS_TOP = frozenset(("fst", "fstp", "fist", "fistp", "fisttp", "fchs", "fabs", "fxch"))
+
+
+def invalid_store(insn: Insn, value: int) -> bool:
+    """Whether ``value`` cannot be stored as FISTTP or FST to memory would have it."""
+    if not insn.has_memory:
+        return False
+    size = insn.operands[0].size
+    if insn.mnemonic == "fisttp":
+        return to_integer(value, size, 3)[1] & INVALID != 0
+    if insn.mnemonic in ("fst", "fstp") and size < 10:
+        return narrow(value, 8, 23, 0)[1] & INVALID != 0
+    return False
+
+
+def fpu_divergence_of(insn: Insn, regs: Regs) -> str:
+    """``divergence_of`` for instructions of the x87."""
+    name = insn.mnemonic
+    top = regs.fsw >> 11 & 7
+    named = insn.operands[0] if insn.operands and insn.operands[0].kind == STI else None
+    empty = named is not None and not regs.ftw >> (top + named.index & 7) & 1
+    if (name in _PUSHES and regs.ftw >> (top - 1 & 7) & 1) or (name in _READS_TOP and not regs.ftw >> top & 1):
+        return "x87-stack"
+    if name in ("fld", "fxch") and empty:
+        return "x87-stack"
+    if name in _PUSHES and name.startswith(("fldl", "fldp")) and regs.fcw >> 10 & 3:
+        return "x87-constants"
+    if invalid_store(insn, regs.fpr[top]):
+        return "x87-invalid"
+    if name in ("fst", "fstp") and empty:
+        return "x87-empty-destination"
+    if name in ("fnsave", "frstor") and insn.size == 8:
+        return "x87-rex"
+    if name in ("fldcw", "fldenv", "frstor"):
+        return "x87-loaded"
+    return "x87-environment" if name in ("fnstenv", "fnsave") else ""
+
+
 def divergence_of(insn: Insn, code: bytes, regs: Regs, bits: int) -> str:
     """The name of the entry that applies to ``insn``, encoded as ``code``, in state ``regs``; or ""."""
     name = insn.mnemonic
+    if name[0] == "f":
+        return fpu_divergence_of(insn, regs)
     operand_prefix, rex = prefixes(code, bits)
     if bits == 16 and operand_prefix and name in NEAR:
         return "real-limit"

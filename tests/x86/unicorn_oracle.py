@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import unicorn
 import unicorn.x86_const as x86
+import unicorn_fpu
 from flatbus import FlatBus
 from unicorn_divergences import CANNOT_RUN, DIVERGENCES, divergence_of
+from unicorn_fpu import random_number, uses_fpu
 
 from mmufuzz.case.encodings import edge_value, encode
 from mmufuzz.case.rng import Rng
@@ -23,11 +25,8 @@ from mmufuzz.x86.opcodes import (
     FORMS,
     MAP_VEX,
     MAP_VEX38,
-    METHOD_MMX,
-    METHOD_MMX_RM,
     METHOD_SREG,
     METHOD_SREG_OPCODE,
-    METHOD_STI,
     ONLY32,
     ONLY64,
     WIDE,
@@ -86,9 +85,14 @@ class Oracle:
             self.uc.ctl_flush_tb()
         return (0x8000 if self.bits == 16 else CODE) + (self.place % 0x4000 if self.bits == 16 else self.place)
 
-    def step(self, regs: Regs, code: bytes, repeats: int) -> tuple[int, list[int]]:
-        """(vector of the exception or -1, the registers of ``read``) after one instruction at ``regs.rip``."""
+    def step(self, regs: Regs, code: bytes, repeats: int, fpu: bool) -> tuple[int, list[int]]:
+        """(vector of the exception or -1, the registers of ``read``) after one instruction at ``regs.rip``.
+
+        ``fpu``: it uses x87 or MMX registers.
+        """
         uc = self.uc
+        if fpu:
+            unicorn_fpu.write(uc, regs)
         uc.mem_write(regs.rip, code)
         # What a branch that ran ahead translated here.
         uc.ctl_remove_cache(regs.rip, regs.rip + len(code))
@@ -119,8 +123,8 @@ def usable_forms(bits: int) -> list[Form]:
     for form in FORMS:
         if form.flags & absent or form.mnemonic in CANNOT_RUN or form.opcode_map == MAP_VEX:
             continue
-        # Segment registers, x87 and MMX are compared elsewhere.
-        if form.mnemonic[0] == "f" or form.mnemonic in ("wait", "emms") or _NOT_HERE & set(form.methods):
+        # Segment registers have tests of their own.
+        if {METHOD_SREG, METHOD_SREG_OPCODE} & set(form.methods):
             continue
         if bits != 64 and form.flags & WIDE:
             continue
@@ -129,9 +133,6 @@ def usable_forms(bits: int) -> list[Form]:
             continue
         usable.append(form)
     return usable
-
-
-_NOT_HERE = {METHOD_SREG, METHOD_SREG_OPCODE, METHOD_MMX, METHOD_MMX_RM, METHOD_STI}
 
 
 class Walk:
@@ -159,6 +160,9 @@ class Walk:
         for index in range(16 if self.bits == 64 else 8):
             regs.gpr[index] = edge_value(rng) if self.bits == 64 else edge_value(rng) & 0xFFFFFFFF
             regs.xmm[index] = rng.next64() << 64 | rng.next64()
+        regs.fpr = [random_number(rng) for _ in range(8)]
+        regs.ftw = rng.below(256)
+        regs.fsw = rng.below(8) << 11
         regs.rflags = FLAG_FIXED | rng.next64() & COMPARED_FLAGS
         return regs
 
@@ -183,6 +187,9 @@ class Walk:
         if insn.mnemonic != form.mnemonic or not self.prepare(insn):
             return None
         code = code[: insn.length]
+        fpu = uses_fpu(form)
+        if fpu:
+            unicorn_fpu.prepare(regs, rng)
         known = divergence_of(insn, code, regs, self.bits)
         if known:
             self.seen[known] = self.seen.get(known, 0) + 1
@@ -194,13 +201,13 @@ class Walk:
             execute(regs, insn, self.bus)
         except Fault as fault:
             vector = fault.vector
-        self.compare(insn, before, code, vector, known)
+        self.compare(insn, before, code, vector, known, fpu)
         return insn.mnemonic
 
-    def compare(self, insn: Insn, before: Regs, code: bytes, vector: int, known: str) -> None:
+    def compare(self, insn: Insn, before: Regs, code: bytes, vector: int, known: str, fpu: bool) -> None:
         """Let Unicorn execute the same and compare registers and flags; memory is compared by ``finish``."""
         regs = self.regs
-        theirs, values = self.oracle.step(before, code, before.gpr[1] & 0xFFFF if insn.rep != REP_NONE else 0)
+        theirs, values = self.oracle.step(before, code, before.gpr[1] & 0xFFFF if insn.rep != REP_NONE else 0, fpu)
         text = f"{self.bits}-bit {insn.mnemonic} {code.hex()}"
         assert theirs == vector, (text, "exception", vector, theirs, [hex(value) for value in before.gpr])
         ignored = undefined_flags(insn, before)
@@ -209,7 +216,10 @@ class Walk:
             ignored |= DIVERGENCES[known].flags
             undefined = undefined or DIVERGENCES[known].result
         count = len(self.oracle.gprs)
-        found = []
+        found = unicorn_fpu.differences(self.oracle.uc, insn, regs, known) if fpu else []
+        if known == "x87-environment":
+            address = self.location(insn, before)
+            found += unicorn_fpu.settle_environment(self.oracle.uc, self.bus, address, 2 if insn.size == 2 else 4)
         for index in range(count):
             if regs.gpr[index] != values[index]:
                 found.append(f"gpr {index}: {regs.gpr[index]:#x} {values[index]:#x}")
