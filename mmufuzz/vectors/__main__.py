@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from mmufuzz.vectors.check import check
-from mmufuzz.vectors.reader import VectorError, read
+from mmufuzz.vectors.reader import read
+from mmufuzz.vectors.vector import VectorError
 from mmufuzz.x86.decode import Unsupported
 
-_SUFFIXES: Final = (".json", ".moo", ".gz")
+_SUFFIXES: Final = (".json", ".moo", ".def", ".gz")
 _SHOWN: Final = 3
 
 

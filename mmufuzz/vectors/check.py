@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.vectors.reader import Vector
+from mmufuzz.vectors.vector import Vector
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.decode import MAX_LENGTH, Truncated, Unsupported, decode, decode16
 from mmufuzz.x86.event import TripleFault, deliver_exception
@@ -67,6 +67,8 @@ def check(vector: Vector) -> list[str]:
     instruction are not compared, nor what the vector's own masks leave out. Raises ``Unsupported``, and
     ``ValueError`` for registers that the mode lacks.
     """
+    if vector.unsupported:
+        raise Unsupported
     regs = initial_registers(vector.mode)
     values = {_name(vector, name): value for name, value in vector.initial.regs.items() if name not in _IGNORED}
     start = values.pop("rip" if vector.mode == 64 else "eip", 0)

@@ -1,4 +1,5 @@
-"""Test vectors that others recorded on real CPUs: SingleStepTests JSON, and MOO files (1 and 1.1), plain or gzipped.
+"""Test vectors that others recorded on real CPUs: SingleStepTests JSON, MOO files (1 and 1.1), and Valgrind's tests of
+instructions (``valgrind``), plain or gzipped.
 
 A JSON file is a list of objects with "name", "initial" and "final", each of those with "regs" by name and "ram" as
 [address, byte] pairs; "final" names only what changed. "mode" (64, 32 or 16, by default 16) is an extension, for which
@@ -12,41 +13,17 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+from mmufuzz.vectors.valgrind import read_def
+from mmufuzz.vectors.vector import State, Vector, VectorError
 
 _REGS16: Final = "ax bx cx dx cs ss ds es sp bp si di ip flags"
 _REGS32: Final = "cr0 cr3 eax ebx ecx edx esi edi ebp esp cs ds es fs gs ss eip eflags dr6 dr7"
 _NAMES: Final = {"REGS": (_REGS16.split(), "H"), "RG32": (_REGS32.split(), "I")}
 _NAMES["RMSK"] = _NAMES["REGS"]
 _NAMES["RM32"] = _NAMES["RG32"]
-
-
-class VectorError(ValueError):
-    """A file that is not in one of the formats: ``place`` and what was expected there."""
-
-
-@dataclass
-class State:
-    """Registers by name, and bytes of memory by address."""
-
-    regs: dict[str, int] = field(default_factory=dict)
-    ram: dict[int, int] = field(default_factory=dict)
-    masks: dict[str, int] = field(default_factory=dict)
-    """Bits of registers that are defined."""
-
-
-@dataclass
-class Vector:
-    """One test: run from ``initial`` to HLT, or over one instruction, and expect ``final``."""
-
-    name: str
-    mode: int = 16
-    initial: State = field(default_factory=State)
-    final: State = field(default_factory=State)
-    flags_address: int = -1
-    """Where an exception pushed the flags, of which some may be undefined."""
 
 
 def read(path: Path) -> Iterator[Vector]:
@@ -57,7 +34,11 @@ def read(path: Path) -> Iterator[Vector]:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
             raise VectorError(f"expected a gzip file: {error}") from None
-    if data[:4] == b"MOO ":
+    if path.name.endswith((".def", ".def.gz")):
+        # Nothing in the file says so, but Valgrind keeps the two kinds apart, and only one names RFLAGS.
+        wide = path.parent.name == "amd64" or b"rflags[" in data
+        yield from read_def(data.decode("latin-1"), 64 if wide else 32)
+    elif data[:4] == b"MOO ":
         yield from _read_moo(data)
     else:
         yield from _read_json(data)

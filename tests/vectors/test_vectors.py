@@ -149,3 +149,75 @@ def test_a_missing_file_and_no_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([str(tmp_path / "none.json")]) == 2
     assert capsys.readouterr().err.endswith("none.json: No such file or directory\n")
     assert main([]) == 2
+
+
+# Valgrind's format; the tests are written here.
+
+DEF = """\
+### addb imm8[1] al.ub[2] => 1.ub[4]
+adcb rflags[0x1,0x1] : imm8[12] r8.ub[34] => 1.ub[47]
+cmpw m16.uw[2] r16.uw[3] => rflags[0x8d5,0x000]
+movsbl m8.sb[-2] r32.ud[0] => 1.sd[-2]
+mulb al.ub[3] : r8.ub[100] => ax.uw[300]
+shll m32.ud[0x80000001] => 0.ud[2]
+shldq cl.ub[8] r64.uq[0xff00000000000000] m64.uq[1] => 2.uq[0x1ff]
+xchgw ax.uw[1] bx.uw[2] => 0.uw[2] 1.uw[1]
+lahf rflags[0xff,0xff] : => ah.ub[0xd7]
+"""
+
+
+def run_def(path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    path.write_text(text)
+    return main([str(path)]), capsys.readouterr().out.splitlines()
+
+
+def test_valgrinds_tests_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, lines = run_def(tmp_path / "insn_basic.def", DEF, capsys)
+    assert (status, lines[-1]) == (0, "8 tests, 0 failed, 0 unsupported")
+
+
+@pytest.mark.parametrize(
+    ("line", "difference"),
+    [
+        ("addb imm8[1] r8.ub[2] => 1.ub[4]", "rbx: expected 0x4, got 0x3"),
+        ("addb imm8[1] m8.ub[2] => 1.ub[4]", "memory 0x2040: expected 0x04, got 0x03"),
+        ("cmpb imm8[1] al.ub[1] => rflags[0x040,0x000]", "rflags: expected 0x0, got 0x46"),
+        ("addw imm8[1] r16.uw[0xffff] => 1.uw[0] rflags[0x001,0x000]", "rflags: expected 0x0, got 0x57"),
+        ("xchgw ax.uw[1] bx.uw[2] => 0.uw[2]", "rbx: expected 0x2, got 0x1"),
+    ],
+)
+def test_a_wrong_result_in_valgrinds_format_is_shown(
+    line: str, difference: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "amd64").mkdir()
+    status, lines = run_def(tmp_path / "amd64" / "x.def", line + "\n", capsys)
+    assert status == 1
+    assert lines[0] == f"x.def: line 1: {line}: {difference}"
+
+
+def test_a_file_that_does_not_name_rflags_is_of_32_bit_code(tmp_path: Path) -> None:
+    (tmp_path / "x.def").write_text("decl eax.ud[0] => 0.ud[0xffffffff]\n")
+    (vector,) = read(tmp_path / "x.def")
+    assert vector.mode == 32 and vector.initial.ram[0x1000] == 0x48
+
+
+def test_instructions_that_are_not_read_are_unsupported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "fabs st0.ps[-1.0] : => st0.ps[1.0]\naddps xmm.ps[1,2,3,4] xmm.ps[1,2,3,4] => 1.ps[2,4,6,8]\n"
+    assert run_def(tmp_path / "x.def", text, capsys) == (0, [
+        "x.def: 2 tests, 0 failed, 2 unsupported", "2 tests, 0 failed, 2 unsupported",
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("addb imm8 al.ub[2] => 1.ub[4]", "line 1: expected name.type[value], got 'imm8'"),
+        ("addb imm8[1] al.ub[x] => 1.ub[4]", "line 1: expected a number, got 'x'"),
+        ("addb imm8[1] al.ub[2] => 7.ub[4]", "line 1: expected a result of an operand or a register, got '7'"),
+        ("addb imm8[1] imm8[2] => 1.ub[4]", "line 1: add 2, 1:"),
+    ],
+)
+def test_a_malformed_line_is_named(line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.def").write_text(line + "\n")
+    assert main([str(tmp_path / "x.def")]) == 2
+    assert message in capsys.readouterr().err
