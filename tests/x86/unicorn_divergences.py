@@ -110,7 +110,7 @@ DIVERGENCES = {
         skip=True,
     ),
     "x87-invalid": Divergence(
-        "FISTTP of what does not fit stores the largest integer, and FST of a signalling NaN a signalling one",
+        "FISTTP of what does not fit stores the largest integer; FLD and FST of a signalling NaN leave it signalling",
         "SDM vol. 1, 8.5.1.2 and 4.8.3.4: the integer indefinite; NaNs become quiet",
         skip=True,
     ),

@@ -19,7 +19,9 @@ from mmufuzz.case.rng import Rng
 from mmufuzz.x86 import alu
 from mmufuzz.x86.decode import Truncated, decode, decode16
 from mmufuzz.x86.execute_operands import bit_offset, effective_address
+from mmufuzz.x86.execute_x87 import STACK_FAULT
 from mmufuzz.x86.executor import execute
+from mmufuzz.x86.floats import INVALID
 from mmufuzz.x86.insn import HIGH8, MEM, REG, REP_NONE, RIP, Insn
 from mmufuzz.x86.opcodes import (
     FORMS,
@@ -192,7 +194,7 @@ class Walk:
             unicorn_fpu.prepare(regs, rng)
         known = divergence_of(insn, code, regs, self.bits)
         if known:
-            self.seen[known] = self.seen.get(known, 0) + 1
+            self.meet(known)
             if DIVERGENCES[known].skip:
                 return None
         before = regs.copy()
@@ -201,8 +203,16 @@ class Walk:
             execute(regs, insn, self.bus)
         except Fault as fault:
             vector = fault.vector
-        self.compare(insn, before, code, vector, known, fpu)
+        if insn.mnemonic == "fld" and regs.fsw & (STACK_FAULT | INVALID) == INVALID:
+            # Only now is it known what was loaded.
+            self.meet("x87-invalid")
+        else:
+            self.compare(insn, before, code, vector, known, fpu)
         return insn.mnemonic
+
+    def meet(self, divergence: str) -> None:
+        """Count it."""
+        self.seen[divergence] = self.seen.get(divergence, 0) + 1
 
     def compare(self, insn: Insn, before: Regs, code: bytes, vector: int, known: str, fpu: bool) -> None:
         """Let Unicorn execute the same and compare registers and flags; memory is compared by ``finish``."""
