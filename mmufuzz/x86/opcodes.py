@@ -260,7 +260,9 @@ def _parse_line(opcode_map: int, line: str) -> Form:
     if form.flags & BYTE:
         form.size = 1
     elif form.sizes and form.flags & (NEAR | STACK) == 0 and form.sizes[0] >= SIZE_DWORD:
-        form.size = form.sizes[0]
+        # A count, vector or port says nothing about what is moved: the operand size decides.
+        if form.methods[0] != METHOD_IMM:
+            form.size = form.sizes[0]
     elif form.sizes and form.sizes[0] == SIZE_WIDE:
         form.size = SIZE_WIDE
     return form
