@@ -44,6 +44,8 @@ def tables(mode: int, gates: dict[int, int], more: dict[int, int]) -> dict[int, 
     for vector, entry in gates.items():
         idt[vector * width : vector * width + 8] = entry.to_bytes(8, "little")
     tss = bytearray(0x68)
+    # The I/O bitmap would begin behind the limit.
+    tss[0x66] = 0x68
     if mode == 64:
         tss[4:12] = (STACK + 0x800).to_bytes(8, "little")
         tss[0x24:0x2C] = (STACK + 0x400).to_bytes(8, "little")
