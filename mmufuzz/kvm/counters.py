@@ -147,6 +147,7 @@ EXITS: Final = (
     "debug",
     "cr-access",
     "invlpg",
+    "invpcid",
     "hlt",
     "task-switch",
     "triple-fault",

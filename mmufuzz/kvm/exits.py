@@ -14,6 +14,7 @@ EXIT_UD: Final = "invalid-opcode"
 EXIT_DB: Final = "debug"
 EXIT_CR: Final = "cr-access"
 EXIT_INVLPG: Final = "invlpg"
+EXIT_INVPCID: Final = "invpcid"
 EXIT_HLT: Final = "hlt"
 EXIT_TASK_SWITCH: Final = "task-switch"
 EXIT_TRIPLE_FAULT: Final = "triple-fault"
@@ -21,7 +22,7 @@ EXIT_DONE: Final = "program-end"
 
 
 class VmExit:
-    """``a`` and ``b`` qualify the reason: CR number and value, address and error code, bits of DR6."""
+    """``a`` and ``b`` qualify the reason: CR number and value, address and error code, type and address, DR6."""
 
     def __init__(self, reason: str, a: int = 0, b: int = 0) -> None:
         self.reason = reason

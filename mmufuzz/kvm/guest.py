@@ -22,6 +22,7 @@ from mmufuzz.kvm.exits import (
     EXIT_HLT,
     EXIT_INTERRUPT,
     EXIT_INVLPG,
+    EXIT_INVPCID,
     EXIT_PF,
     EXIT_UD,
     Intercepted,
@@ -36,7 +37,14 @@ from mmufuzz.x86.decode import Truncated, decode
 from mmufuzz.x86.executor import execute
 from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.mmu import HardwareMmu, HostPhys
-from mmufuzz.x86.paging import ACCESS_FETCH, ACCESS_USER, ACCESS_WRITE, PagingConfig
+from mmufuzz.x86.paging import (
+    ACCESS_FETCH,
+    ACCESS_USER,
+    ACCESS_WRITE,
+    INVPCID_ADDRESS,
+    INVPCID_ALL_GLOBAL,
+    PagingConfig,
+)
 from mmufuzz.x86.state import (
     CR0_PG,
     CR4_SMAP,
@@ -233,6 +241,16 @@ class GuestBus(Bus):
             self.vcpu.tlb.invalidate(gva >> 12)
             return
         raise Intercepted(VmExit(EXIT_INVLPG, gva))
+
+    def invpcid(self, regs: Regs, kind: int, pcid: int, gva: int) -> None:
+        """INVPCID, as INVLPG. The CPU has read and checked the descriptor, which KVM does for itself."""
+        if self.vcpu.guest_mode:
+            if kind == INVPCID_ADDRESS:
+                self.vcpu.tlb.invalidate_address(gva)
+            else:
+                self.vcpu.tlb.flush_all(keep_global=kind != INVPCID_ALL_GLOBAL)
+            return
+        raise Intercepted(VmExit(EXIT_INVPCID, kind, gva))
 
     def halt(self, regs: Regs) -> None:
         """HLT exits."""

@@ -7,7 +7,7 @@ from typing import Final
 from mmufuzz.host.memory import PAGE_SHIFT, PAGE_SIZE
 from mmufuzz.host.sites import ROLE_LOAD, VALID_GEN_LOAD
 from mmufuzz.kvm.page import gfn_is_visible, kvm_mmu_get_shadow_page
-from mmufuzz.kvm.requests import REQ_MMU_SYNC, REQ_TLB_FLUSH_CURRENT, kvm_make_request
+from mmufuzz.kvm.requests import REQ_MMU_SYNC, REQ_TLB_FLUSH_CURRENT, REQ_TLB_FLUSH_GUEST, kvm_make_request
 from mmufuzz.kvm.role import (
     ACC_ALL,
     ROLE_CR0_WP,
@@ -21,7 +21,7 @@ from mmufuzz.kvm.role import (
 )
 from mmufuzz.kvm.structs import INVALID_PFN, Kvm, ShadowPage, Vcpu
 from mmufuzz.kvm.zap import kvm_mmu_commit_zap_page, kvm_mmu_prepare_zap_page, make_mmu_pages_available
-from mmufuzz.x86.paging import PTE_P, PTE_U, PTE_W
+from mmufuzz.x86.paging import INVPCID_ADDRESS, INVPCID_CONTEXT, PTE_P, PTE_U, PTE_W
 from mmufuzz.x86.state import CR0_PG, CR0_WP, CR4_SMAP, CR4_SMEP, EFER_NX
 
 PT64_ROOT_5LEVEL: Final = 5
@@ -245,3 +245,16 @@ def kvm_mmu_invalidate_addr(vcpu: Vcpu, gva: int) -> None:
         vcpu.mmio_gva = 0
     vcpu.kvm.mmu_lock.acquire()
     vcpu.kvm.mmu_lock.release()
+
+
+def kvm_handle_invpcid(vcpu: Vcpu, kind: int, gva: int) -> None:
+    """x86.c:kvm_handle_invpcid, behind its checks, for PCID 0: a guest has no other while CR4.PCIDE is clear."""
+    if kind == INVPCID_ADDRESS:
+        # kvm_mmu_invpcid_gva
+        kvm_mmu_invalidate_addr(vcpu, gva)
+    elif kind == INVPCID_CONTEXT:
+        # kvm_invalidate_pcid
+        kvm_make_request(vcpu, REQ_MMU_SYNC | REQ_TLB_FLUSH_CURRENT)
+    else:
+        # Shadow tables have no global entries, so that both of the other types flush them.
+        kvm_make_request(vcpu, REQ_TLB_FLUSH_GUEST)

@@ -14,6 +14,7 @@ from mmufuzz.kvm.exits import (
     EXIT_DONE,
     EXIT_HLT,
     EXIT_INVLPG,
+    EXIT_INVPCID,
     EXIT_PF,
     EXIT_TASK_SWITCH,
     EXIT_TRIPLE_FAULT,
@@ -28,11 +29,13 @@ from mmufuzz.kvm.requests import (
     REQ_MMU_SYNC,
     REQ_TLB_FLUSH,
     REQ_TLB_FLUSH_CURRENT,
+    REQ_TLB_FLUSH_GUEST,
     REQ_TRIPLE_FAULT,
     kvm_check_request,
 )
 from mmufuzz.kvm.root import (
     TRIPLE_FAULT,
+    kvm_handle_invpcid,
     kvm_init_shadow_mmu,
     kvm_mmu_free_obsolete_roots,
     kvm_mmu_invalidate_addr,
@@ -48,6 +51,7 @@ from mmufuzz.kvm.x86 import (
     x86_emulate_instruction,
 )
 from mmufuzz.kvm.zap import gsps_at, kvm_mmu_zap_all_fast
+from mmufuzz.x86.paging import INVPCID_ADDRESS
 from mmufuzz.x86.state import DR6_BS, FLAG_TF, NO_ERROR_CODE, VECTOR_BP, VECTOR_DB, VECTOR_GP, VECTOR_OF
 
 
@@ -207,6 +211,10 @@ def service_requests(vcpu: Vcpu) -> bool:
         kvm_mmu_sync_roots(vcpu)
     flush = kvm_check_request(vcpu, pending, REQ_TLB_FLUSH)
     flush = kvm_check_request(vcpu, pending, REQ_TLB_FLUSH_CURRENT) or flush
+    if kvm_check_request(vcpu, pending, REQ_TLB_FLUSH_GUEST):
+        # kvm_vcpu_flush_tlb_guest
+        kvm_mmu_sync_roots(vcpu)
+        flush = True
     if flush:
         vcpu.tlb.flush_all()
     return not kvm_check_request(vcpu, pending, REQ_TRIPLE_FAULT)
@@ -256,6 +264,10 @@ def handle_exit(vcpu: Vcpu, vmexit: VmExit) -> int:
     elif reason == EXIT_INVLPG:
         kvm_mmu_invalidate_addr(vcpu, vmexit.a)
         vcpu.kvm.observer.guest_invalidated(vcpu.index, vmexit.a)
+        return kvm_skip_emulated_instruction(vcpu, vmexit.length)
+    elif reason == EXIT_INVPCID:
+        kvm_handle_invpcid(vcpu, vmexit.a, vmexit.b)
+        vcpu.kvm.observer.guest_invalidated(vcpu.index, vmexit.b if vmexit.a == INVPCID_ADDRESS else -1)
         return kvm_skip_emulated_instruction(vcpu, vmexit.length)
     elif reason == EXIT_HLT:
         vcpu.userspace_exits.append("hlt")

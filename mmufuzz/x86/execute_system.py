@@ -26,7 +26,7 @@ from mmufuzz.x86.execute_operands import (
     write_reg,
 )
 from mmufuzz.x86.insn import CR, DR, FS, Insn
-from mmufuzz.x86.paging import CR4_PCIDE
+from mmufuzz.x86.paging import CR4_PCIDE, INVPCID_ADDRESS, INVPCID_ALL, INVPCID_CONTEXT
 from mmufuzz.x86.state import (
     CR0_TS,
     CR4_DE,
@@ -193,11 +193,11 @@ def invpcid(regs: Regs, insn: Insn, bus: Bus) -> None:
     descriptor = load_operand(regs, insn, bus, insn.operands[1])
     pcid = descriptor & MASK64
     address = descriptor >> 64
-    if kind > 3 or pcid >> 12:
+    if kind > INVPCID_ALL or pcid >> 12:
         raise Fault(VECTOR_GP, 0)
-    if kind < 2 and pcid and not regs.cr4 & CR4_PCIDE:
+    if kind <= INVPCID_CONTEXT and pcid and not regs.cr4 & CR4_PCIDE:
         raise Fault(VECTOR_GP, 0)
-    if kind == 0 and not is_canonical(regs, address):
+    if kind == INVPCID_ADDRESS and not is_canonical(regs, address):
         raise Fault(VECTOR_GP, 0)
     bus.invpcid(regs, kind, pcid, address)
     advance(regs, insn)

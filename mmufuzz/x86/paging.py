@@ -62,6 +62,12 @@ CR4_LA57: Final = 1 << 12
 CR4_PCIDE: Final = 1 << 17
 CR4_PKE: Final = 1 << 22
 
+# INVPCID types.
+INVPCID_ADDRESS: Final = 0
+INVPCID_CONTEXT: Final = 1
+INVPCID_ALL_GLOBAL: Final = 2
+INVPCID_ALL: Final = 3
+
 PFERR_PK: Final = 1 << 5
 
 # Kinds of access: an or of these, the first four at the positions they have in the #PF error code.

@@ -20,6 +20,10 @@ from mmufuzz.x86.paging import (
     ACCESS_USER,
     CR4_LA57,
     CR4_PCIDE,
+    INVPCID_ADDRESS,
+    INVPCID_ALL,
+    INVPCID_ALL_GLOBAL,
+    INVPCID_CONTEXT,
     MAXPHYADDR,
     PAGE_SHIFT,
     PagingConfig,
@@ -47,12 +51,6 @@ CR0_NW: Final = 1 << 29
 CR0_CD: Final = 1 << 30
 CR3_KEEP: Final = 1 << 63
 """Of the value that a MOV to CR3 writes, under CR4.PCIDE: translations of the PCID need not be invalidated."""
-
-# INVPCID types.
-INVPCID_ADDRESS: Final = 0
-INVPCID_CONTEXT: Final = 1
-INVPCID_ALL_GLOBAL: Final = 2
-INVPCID_ALL: Final = 3
 
 _PCID_MASK: Final = 0xFFF
 # What reloads the PDPTE registers if PAE paging is in use afterwards (SDM 4.4.1).

@@ -71,6 +71,14 @@ def test_invlpg_in_a_nested_guest_does_not_exit() -> None:
     assert m.sites(step=2).count("spte.walk") == 5
 
 
+@pytest.mark.parametrize(("kind", "walked"), [(0, 0), (1, 6), (2, 6), (3, 6)])
+def test_invpcid_in_a_nested_guest_does_not_exit(kind: int, walked: int) -> None:
+    steps = ("mov ecx, [eax]", "invpcid edi, [ebx]", "mov ecx, [eax]")
+    m = run(usual(), npt4(*steps, rax=gva(DATA), rbx=gva(DATA2), rdi=kind))
+    assert "invpcid" not in m.kvm.exits
+    assert m.sites(step=2).count("spte.walk") == walked
+
+
 def test_a_nested_guest_may_not_write_control_registers() -> None:
     m = run(usual(), npt4("mov cr3, eax", "fep mov cr3, eax"))
     assert [exception[0] for exception in m.vcpu().exceptions] == [VECTOR_GP, VECTOR_GP]

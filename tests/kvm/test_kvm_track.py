@@ -59,6 +59,20 @@ def test_after_an_edited_gpte_and_invlpg_the_guest_sees_the_other_page() -> None
     assert spte_pfn(m.spte(gva(DATA))) == gfn_to_pfn(DATA2)
 
 
+@pytest.mark.parametrize("kind", range(4))
+def test_after_an_edited_gpte_and_invpcid_of_any_type_the_guest_sees_the_other_page(kind: int) -> None:
+    steps = ("mov rcx, [rax]", "mov [rbx], rdx", "mov [rsi+8], rax", "invpcid rdi, [rsi]", "mov rcx, [rax]")
+    tables = usual().set(DATA, 0, 111).set(DATA2, 0, 222)
+    addresses = {"rax": gva(DATA), "rbx": gva(L1, DATA), "rsi": gva(DATA + 2)}
+    m = run(tables, long4(*steps, rdx=DATA2 << 12 | PAGE, rdi=kind, **addresses))
+    assert (m.reg("rcx"), m.kvm.exits["invpcid"]) == (222, 1)
+
+
+def test_invpcid_of_another_address_need_not_touch_a_page() -> None:
+    m = run(usual(), long4("mov rcx, [rax]", "invpcid rdi, [rbx]", "mov rcx, [rax]", rax=gva(DATA), rbx=gva(DATA2)))
+    assert m.sites(step=2).count("spte.walk") == 0
+
+
 def test_a_store_to_an_entry_that_has_no_spte_zaps_nothing() -> None:
     m = run(usual(), long4("mov [rax], rcx", rax=gva(L1, 0x1F)))
     assert m.marks["track_write.locked"] == 1

@@ -16,6 +16,10 @@ from mmufuzz.x86.paging import (
     ACCESS_USER,
     ACCESS_WRITE,
     CR4_PCIDE,
+    INVPCID_ADDRESS,
+    INVPCID_ALL,
+    INVPCID_ALL_GLOBAL,
+    INVPCID_CONTEXT,
     PTE_G,
     PTE_NX,
     PTE_P,
@@ -29,10 +33,6 @@ from mmufuzz.x86.paging import (
 )
 from mmufuzz.x86.paging_unit import (
     CR3_KEEP,
-    INVPCID_ADDRESS,
-    INVPCID_ALL,
-    INVPCID_ALL_GLOBAL,
-    INVPCID_CONTEXT,
     PagingUnit,
 )
 from mmufuzz.x86.state import (

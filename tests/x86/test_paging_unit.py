@@ -13,6 +13,10 @@ from mmufuzz.x86.paging import (
     CR4_LA57,
     CR4_PCIDE,
     CR4_PKE,
+    INVPCID_ADDRESS,
+    INVPCID_ALL,
+    INVPCID_ALL_GLOBAL,
+    INVPCID_CONTEXT,
     PTE_G,
     PTE_P,
     PTE_PKEY_SHIFT,
@@ -24,10 +28,6 @@ from mmufuzz.x86.paging import (
 from mmufuzz.x86.paging_unit import (
     CR0_NW,
     CR3_KEEP,
-    INVPCID_ADDRESS,
-    INVPCID_ALL,
-    INVPCID_ALL_GLOBAL,
-    INVPCID_CONTEXT,
     PagingUnit,
 )
 from mmufuzz.x86.state import (
