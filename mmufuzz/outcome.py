@@ -23,9 +23,9 @@ HARNESS_ERROR: Final = "harness-error"  # mmufuzz itself failed
 class Finding:
     """A violated property.
 
-    ``kind``: "coherence", "livelock", "deadlock", "accounting", "write-protection", "lifetime", "architecture", "warn",
-    "lock", "suspect" or "harness-error". ``fingerprint`` has no addresses and no numbers that vary between runs of the
-    same bug. ``detail`` is for people. ``label`` is the last visible operation before it was seen.
+    ``kind``: "coherence", "livelock", "deadlock", "accounting", "write-protection", "lifetime", "architecture",
+    "emulator", "warn", "lock", "suspect" or "harness-error". ``fingerprint`` has no addresses and no numbers that vary
+    between runs of the same bug. ``detail`` is for people. ``label`` is the last visible operation before it was seen.
     """
 
     kind: str

@@ -14,7 +14,7 @@ from mmufuzz.host.strategy import Strategy
 from mmufuzz.kvm.counters import HALF_SPENT, Counters
 from mmufuzz.kvm.marks import MARKS
 from mmufuzz.kvm.structs import Kvm
-from mmufuzz.kvm.vm import build
+from mmufuzz.kvm.vm import build, dismantle
 from mmufuzz.oracle.interleaving import count_interleavings
 from mmufuzz.oracle.oracles import Oracles
 from mmufuzz.outcome import FINDING, HARNESS_ERROR, OK, SUSPECT, Finding, GuestView, Outcome, Reached
@@ -64,7 +64,7 @@ def _run(case: Case, strategy: Strategy | None, track: bool) -> Outcome:
     _fill(outcome, case, host, kvm, oracles)
     # Without references that run in circles the machine is freed at once, and not by the collector.
     oracles.detach()
-    kvm.vcpus.clear()
+    dismantle(kvm)
     host.dismantle()
     return outcome
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from mypy_extensions import mypyc_attr
-
 from mmufuzz.host.memory import ALL_ONES, PAGE_SHIFT, PAGE_SIZE
 from mmufuzz.host.sites import EMUL_ATOMIC, EMUL_FETCH, EMUL_LOAD, EMUL_STORE
+from mmufuzz.kvm.emulate_ops import EmulationFailed, IoNeeded
 from mmufuzz.kvm.io import MAX_MMIO_FRAGMENTS, MMIO_PIECE, MmioFragment
 from mmufuzz.kvm.memslots import gfn_to_memslot, gpa_to_hpa
 from mmufuzz.kvm.role import ACC_USER_MASK, ACC_WRITE_MASK
@@ -19,26 +18,13 @@ from mmufuzz.kvm.structs import INVALID_GPA, Vcpu
 from mmufuzz.kvm.track import kvm_mmu_track_write
 from mmufuzz.kvm.walker import gva_to_gpa, vcpu_match_mmio_gva
 from mmufuzz.x86.paging import ACCESS_FETCH, ACCESS_USER, ACCESS_WRITE, permitted
-from mmufuzz.x86.state import CR4_SMEP, EFER_SCE, PFERR_WRITE, VECTOR_GP, VECTOR_PF, Fault, Regs
+from mmufuzz.x86.state import CR4_SMEP, EFER_SCE, VECTOR_GP, VECTOR_PF, Fault, Regs
 
 CACHE_LINE: Final = 64
 
 
-@mypyc_attr(native_class=False)
-class EmulationFailed(Exception):
-    """X86EMUL_UNHANDLEABLE, EMULATION_FAILED: the emulator cannot do it."""
-
-
-@mypyc_attr(native_class=False)
-class IoNeeded(Exception):
-    """X86EMUL_IO_NEEDED: the access waits for userspace (``Vcpu.mmio``), or has no way to get there (``*_std``)."""
-
-
-def emulator_read_emulated(vcpu: Vcpu, gva: int, size: int, written: bool) -> int:
-    """x86.c:emulator_read_write, reading, page by page; raises IoNeeded until userspace has read MMIO.
-
-    A #PF of an operand that will be ``written`` carries W (emulate.c:x86_emulate_insn).
-    """
+def emulator_read_emulated(vcpu: Vcpu, gva: int, size: int) -> int:
+    """x86.c:emulator_read_write, reading, page by page; raises IoNeeded until userspace has read MMIO."""
     mmio = vcpu.mmio
     if mmio.read_completed:
         mmio.read_completed = False
@@ -47,7 +33,7 @@ def emulator_read_emulated(vcpu: Vcpu, gva: int, size: int, written: bool) -> in
     value = 0
     done = 0
     for at, count in pages(gva, size, vcpu.regs.long_mode):
-        gpa = vcpu_mmio_gva_to_gpa(vcpu, at, 0, PFERR_WRITE if written else 0)
+        gpa = vcpu_mmio_gva_to_gpa(vcpu, at, 0)
         value |= _read_onepage(vcpu, gpa, count, done) << (done << 3)
         done += count
     if mmio.fragments:
@@ -67,7 +53,7 @@ def emulator_write_emulated(vcpu: Vcpu, gva: int, size: int, value: int, local: 
     done = 0
     for at, count in pages(gva, size, vcpu.regs.long_mode):
         part = value >> (done << 3) & (1 << (count << 3)) - 1
-        gpa = vcpu_mmio_gva_to_gpa(vcpu, at, ACCESS_WRITE, 0)
+        gpa = vcpu_mmio_gva_to_gpa(vcpu, at, ACCESS_WRITE)
         _write_onepage(vcpu, gpa, count, part, local)
         done += count
     if mmio.fragments:
@@ -88,7 +74,7 @@ def _mmio_needed(vcpu: Vcpu, is_write: bool) -> None:
 
 def kvm_fetch_guest_virt(vcpu: Vcpu, gva: int, size: int) -> bytes:
     """x86.c:kvm_fetch_guest_virt: ``size`` code bytes in one page. EmulationFailed where there is no memory."""
-    gpa = translate(vcpu, gva, ACCESS_FETCH, 0)
+    gpa = translate(vcpu, gva, ACCESS_FETCH)
     if gfn_to_memslot(vcpu.kvm, gpa >> PAGE_SHIFT) is None:
         raise EmulationFailed
     return _read_bytes(vcpu, gpa, size)
@@ -114,7 +100,7 @@ def emulator_read_std(vcpu: Vcpu, gva: int, size: int, system: bool) -> int:
 
 def _read_std(vcpu: Vcpu, gva: int, size: int, system: bool) -> bytes:
     """x86.c:kvm_read_guest_virt_helper, one page."""
-    gpa = translate(vcpu, gva, 0, 0, system)
+    gpa = translate(vcpu, gva, 0, system)
     if gfn_to_memslot(vcpu.kvm, gpa >> PAGE_SHIFT) is None:
         vcpu.kvm.mark("emulate.io_needed")
         raise IoNeeded
@@ -134,14 +120,14 @@ def emulator_write_std(vcpu: Vcpu, gva: int, size: int, value: int, system: bool
     """
     done = 0
     for at, count in pages(gva, size, vcpu.regs.long_mode):
-        gpa = translate(vcpu, at, ACCESS_WRITE, 0, system)
+        gpa = translate(vcpu, at, ACCESS_WRITE, system)
         if not kvm_vcpu_write_guest(vcpu, gpa, count, value >> (done << 3) & (1 << (count << 3)) - 1):
             vcpu.kvm.mark("emulate.io_needed")
             raise IoNeeded
         done += count
 
 
-def vcpu_mmio_gva_to_gpa(vcpu: Vcpu, gva: int, access: int, extra_error: int) -> int:
+def vcpu_mmio_gva_to_gpa(vcpu: Vcpu, gva: int, access: int) -> int:
     """x86.c:vcpu_mmio_gva_to_gpa: the page of the last MMIO access needs no walk; raises the guest's #PF."""
     if vcpu_match_mmio_gva(vcpu, gva):
         cached = vcpu.mmio_access
@@ -149,16 +135,16 @@ def vcpu_mmio_gva_to_gpa(vcpu: Vcpu, gva: int, access: int, extra_error: int) ->
         writable = cached & ACC_WRITE_MASK != 0
         if permitted(vcpu.paging, writable, cached & ACC_USER_MASK != 0, False, access | user):
             return vcpu.mmio_gfn << PAGE_SHIFT | gva & PAGE_SIZE - 1
-    return translate(vcpu, gva, access, extra_error)
+    return translate(vcpu, gva, access)
 
 
-def translate(vcpu: Vcpu, gva: int, access: int, extra_error: int, system: bool = False) -> int:
+def translate(vcpu: Vcpu, gva: int, access: int, system: bool = False) -> int:
     """mmu->gva_to_gpa of walk_mmu for ``access`` at the guest's CPL, or as the supervisor; raises the guest's #PF."""
     if vcpu.regs.cpl == 3 and not system:
         access |= ACCESS_USER
     gpa, error_code = gva_to_gpa(vcpu, gva, access)
     if gpa == INVALID_GPA:
-        raise Fault(VECTOR_PF, error_code | extra_error, gva)
+        raise Fault(VECTOR_PF, error_code, gva)
     if gfn_to_memslot(vcpu.kvm, gpa >> PAGE_SHIFT) is not None:
         vcpu.kvm.observer.guest_access(vcpu.index, gva, gpa_to_hpa(gpa), access, True)
     return gpa

@@ -34,6 +34,15 @@ BREAKPOINT_BEFORE_DECODE: Final = "breakpoint-before-decode"
 NO_SINGLESTEP_ON_FAULT: Final = "no-singlestep-on-fault"
 MMIO_SCRATCH: Final = "mmio-scratch"
 SKIP_FAILS_ON_EXCEPTION: Final = "skip-fails-on-exception"
+MEMOPP_CHECK: Final = "emulator.memopp-check"
+EIP_CHECK: Final = "emulator.eip-check"
+NULL_SS: Final = "emulator.null-ss"
+STD_USER_ACCESS: Final = "emulator.std-user-access"
+SYSENTER_CS: Final = "emulator.sysenter-cs"
+LOCKED_ATOMIC: Final = "emulator.locked-atomic"
+REP_ZERO_QUIRK: Final = "emulator.rep-zero-quirk"
+MOVBE66: Final = "emulator.movbe66"
+SEGMENT_PRIVILEGE: Final = "emulator.segment-privilege"
 
 KERNELS: Final = ("v6.1", "v6.8", "v6.9", "v6.12")
 LATEST: Final = "v6.12"
@@ -238,6 +247,94 @@ FIXES: Final = (
         (SKIP_FAILS_ON_EXCEPTION,),
         "x86.c:x86_emulate_instruction",
         "G10",
+    ),
+    Fix(
+        "emulate-memopp",
+        "kvm: x86: Check memopp before dereference (CVE-2016-8630)",
+        "d9092f52d7e6",
+        "v6.1",
+        "warn",
+        (MEMOPP_CHECK,),
+        "emulate.c:x86_decode_insn",
+        "G1",
+    ),
+    Fix(
+        "emulate-eip",
+        "KVM: x86: Emulator fixes for eip canonical checks on near branches",
+        "234f3ce485d5",
+        "v6.1",
+        "emulator",
+        (EIP_CHECK,),
+        "emulate.c:assign_eip_near",
+        "G2",
+    ),
+    Fix(
+        "emulate-null-ss",
+        'KVM: x86: fix emulation of "MOV SS, null selector"',
+        "33ab91103b34",
+        "v6.1",
+        "emulator",
+        (NULL_SS,),
+        "emulate.c:__load_segment_descriptor, load_segment_descriptor",
+        "G3",
+    ),
+    Fix(
+        "emulate-std-access",
+        "kvm: x86: use correct privilege level for sgdt/sidt/fxsave/fxrstor access",
+        "3c9fa24ca7c9",
+        "v6.1",
+        "emulator",
+        (STD_USER_ACCESS,),
+        "emulate.c:segmented_read_std, segmented_write_std",
+        "G4",
+    ),
+    Fix(
+        "emulate-sysenter",
+        "KVM: x86: SYSENTER emulation is broken",
+        "f3747379accb",
+        "v6.1",
+        "emulator",
+        (SYSENTER_CS,),
+        "emulate.c:em_sysenter",
+        "G6",
+    ),
+    Fix(
+        "emulate-lock",
+        "KVM: Make locked operations truly atomic",
+        "daea3e73cb4a",
+        "v6.1",
+        "emulator",
+        (LOCKED_ATOMIC,),
+        "emulate.c:writeback; x86.c:emulator_cmpxchg_emulated",
+        "G11",
+    ),
+    Fix(
+        "emulate-rep-zero",
+        "KVM: x86: Fix zero iterations REP-string",
+        "428e3d08574b",
+        "v6.1",
+        "emulator",
+        (REP_ZERO_QUIRK,),
+        "emulate.c:string_registers_quirk",
+        "G12",
+    ),
+    Fix(
+        "emulate-movbe66",
+        "KVM: x86/emulator: emulate movbe with operand-size prefix",
+        "03f6298c7cf6",
+        "v6.9",
+        BENIGN,
+        (MOVBE66,),
+        "emulate.c:three_byte_0f_38_f0, three_byte_0f_38_f1",
+    ),
+    Fix(
+        "emulate-segment-privilege",
+        "KVM: x86/emulator: Fix segment load privilege level validation",
+        "0735d1c34e49",
+        "v6.8",
+        "emulator",
+        (SEGMENT_PRIVILEGE,),
+        "emulate.c:__load_segment_descriptor",
     ),
 )
 

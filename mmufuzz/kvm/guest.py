@@ -33,7 +33,7 @@ from mmufuzz.kvm.role import role_level
 from mmufuzz.kvm.structs import QueuedException, Vcpu
 from mmufuzz.x86.breakpoints import DR7_ENABLED, code_breakpoint
 from mmufuzz.x86.bus import Bus
-from mmufuzz.x86.decode import Truncated, decode
+from mmufuzz.x86.decode import Truncated, decode, decode16
 from mmufuzz.x86.executor import execute
 from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.mmu import HardwareMmu, HostPhys
@@ -323,6 +323,11 @@ def on_fault(vcpu: Vcpu, bus: GuestBus, insn: Insn | None, fault: Fault) -> VmEx
     return None
 
 
+def decode_code(code: bytes, regs: Regs) -> Insn:
+    """The instruction at the start of ``code`` in the code segment's size."""
+    return decode16(code) if regs.code16 else decode(code, regs.long_mode)
+
+
 def fetch_insn(vcpu: Vcpu, bus: GuestBus) -> Insn | None:
     """Fetch and decode at RIP; a second page is fetched only if the instruction reaches it.
 
@@ -335,8 +340,8 @@ def fetch_insn(vcpu: Vcpu, bus: GuestBus) -> Insn | None:
     if code is None:
         return None
     try:
-        return decode(code, regs.long_mode)
+        return decode_code(code, regs)
     except Truncated:
         bus.fetch_gva = regs.rip + in_page
         rest = bus.code(bus.fetch_gva, MAX_INSN - in_page)
-        return None if rest is None else decode(code + rest, regs.long_mode)
+        return None if rest is None else decode_code(code + rest, regs)

@@ -30,6 +30,12 @@ class Observer:
     def instruction_skipped(self, vcpu: int) -> None:
         """It has been, or KVM has given up."""
 
+    def emulation_begins(self, vcpu: int) -> None:
+        """The emulator is about to execute what it has decoded; nothing has changed yet."""
+
+    def emulation_ends(self, vcpu: int) -> None:
+        """It has, RIP and RFLAGS included, unless an exception is queued or userspace has to answer first."""
+
     def temporary_used(self, vcpu: int, site: str) -> None:
         """Kernel function ``site`` reads a local variable of a function that has returned."""
 

@@ -16,32 +16,11 @@ from mmufuzz.host.sched import Host
 from mmufuzz.host.sites import MMU_LOCK, MMU_UNLOCK, SLOTS_LOCK, SLOTS_UNLOCK
 from mmufuzz.host.thread import Thread
 from mmufuzz.kvm.counters import DIRECT, INDIRECT, NESTED, PAGE_BLOCK, RETRY_BLOCK, Counters
-from mmufuzz.kvm.fixes import (
-    BARRIER_ACCOUNT,
-    BARRIER_EMULATOR,
-    BREAKPOINT_BEFORE_DECODE,
-    DUMMY_ROOT,
-    MMIO_SCRATCH,
-    NO_SINGLESTEP_ON_FAULT,
-    REEXECUTE_FLAG_ONLY,
-    REEXECUTE_LOCKLESS,
-    REEXECUTE_ONE_PATH,
-    REEXECUTE_OPT_IN,
-    RETRY_CHECK,
-    RETRY_RECORD_FAILURE,
-    RETRY_RECORD_FAULT,
-    RETRY_REWRITE,
-    SELF_CHANGE_IN_FETCH,
-    SKIP_FAILS_ON_EXCEPTION,
-    TRACK_DIRECT_CALL,
-    UNPROTECT_IFF_ZAPPED,
-    USER_FAILURE_IS_UD,
-    WRITE_PF_TO_SP,
-)
+from mmufuzz.kvm.emulate_ctxt import X86EmulateCtxt
 from mmufuzz.kvm.io import Device, Mmio
 from mmufuzz.kvm.observer import Observer
 from mmufuzz.kvm.role import ROLE_DIRECT, ROLE_PASSTHROUGH, role_level
-from mmufuzz.x86.insn import Insn
+from mmufuzz.kvm.switches import Fixes
 from mmufuzz.x86.paging import PagingConfig, paging_config
 from mmufuzz.x86.state import FLAG_AC, Regs
 from mmufuzz.x86.tlb import Tlb
@@ -67,32 +46,6 @@ _NESTED_PAGING: Final = PagingConfig(4, cr0_wp=False, efer_nx=True)
 
 INVALID_GPA: Final = -1
 INVALID_PFN: Final = -1
-
-
-class Fixes:
-    """``Kvm.has``, with one attribute per behaviour so that asking costs nothing."""
-
-    def __init__(self, behaviours: frozenset[str]) -> None:
-        self.reexecute_lockless = REEXECUTE_LOCKLESS in behaviours
-        self.reexecute_one_path = REEXECUTE_ONE_PATH in behaviours
-        self.reexecute_flag_only = REEXECUTE_FLAG_ONLY in behaviours
-        self.barrier_emulator = BARRIER_EMULATOR in behaviours
-        self.barrier_account = BARRIER_ACCOUNT in behaviours
-        self.retry_rewrite = RETRY_REWRITE in behaviours
-        self.retry_check = RETRY_CHECK in behaviours
-        self.retry_record_fault = RETRY_RECORD_FAULT in behaviours
-        self.retry_record_failure = RETRY_RECORD_FAILURE in behaviours
-        self.unprotect_iff_zapped = UNPROTECT_IFF_ZAPPED in behaviours
-        self.write_pf_to_sp = WRITE_PF_TO_SP in behaviours
-        self.reexecute_opt_in = REEXECUTE_OPT_IN in behaviours
-        self.self_change_in_fetch = SELF_CHANGE_IN_FETCH in behaviours
-        self.track_direct_call = TRACK_DIRECT_CALL in behaviours
-        self.dummy_root = DUMMY_ROOT in behaviours
-        self.user_failure_is_ud = USER_FAILURE_IS_UD in behaviours
-        self.breakpoint_before_decode = BREAKPOINT_BEFORE_DECODE in behaviours
-        self.no_singlestep_on_fault = NO_SINGLESTEP_ON_FAULT in behaviours
-        self.mmio_scratch = MMIO_SCRATCH in behaviours
-        self.skip_fails_on_exception = SKIP_FAILS_ON_EXCEPTION in behaviours
 
 
 class MemSlot:
@@ -163,23 +116,6 @@ class QueuedException:
         self.soft_length = soft_length
 
 
-class EmulateCtxt:
-    """struct x86_emulate_ctxt: what of it outlives a run of the emulator, as userspace may have to answer first."""
-
-    def __init__(self) -> None:
-        self.insn: Insn | None = None
-        """The instruction decoded last."""
-        self.mem_read: list[int] = []
-        """struct read_cache: what the instruction has read from memory, so that it reads it only once."""
-        self.mem_read_pos = 0
-        self.exception: QueuedException | None = None
-        """have_exception, exception."""
-        self.tf = False
-        """RFLAGS.TF at the start of the instruction."""
-        self.completed = False
-        """The instruction has been executed to its end."""
-
-
 class Vcpu:
     """struct kvm_vcpu, with the logical CPU it is pinned to."""
 
@@ -213,7 +149,7 @@ class Vcpu:
         """Its delivery has begun, and exited."""
         self.interrupt: QueuedException | None = None
         """vcpu->arch.interrupt: an INT n whose delivery has begun, and exited."""
-        self.emulate_ctxt = EmulateCtxt()
+        self.emulate_ctxt = X86EmulateCtxt(self.regs, kvm.fixes)
         self.mmio = Mmio()
         self.halt_request = False
         self.instruction_done = False

@@ -8,6 +8,8 @@ from mmufuzz.case.model import CODE_SLOT, LONG4, NPT4, Case
 from mmufuzz.case.model import Vcpu as VcpuSpec
 from mmufuzz.host.memory import PAGE_SHIFT
 from mmufuzz.host.sched import Host
+from mmufuzz.kvm.emulate_ops import X86EmulateOps
+from mmufuzz.kvm.emulator_ops import EmulatorOps
 from mmufuzz.kvm.fixes import behaviours
 from mmufuzz.kvm.memslots import gfn_to_pfn
 from mmufuzz.kvm.structs import Kvm, MemSlot, Vcpu
@@ -57,6 +59,7 @@ def build(case: Case, host: Host) -> Kvm:
         vcpu = Vcpu(kvm, index, spec)
         init_regs(vcpu.regs, spec)
         vcpu.regs.msr[MSR_TSC] = case.options.tsc
+        vcpu.emulate_ctxt.ops = EmulatorOps(vcpu)
         kvm.vcpus.append(vcpu)
         vcpu.finished = not spec.program
     for vcpu in kvm.vcpus:
@@ -64,6 +67,13 @@ def build(case: Case, host: Host) -> Kvm:
     for index, thread in enumerate(case.host):
         host.spawn(f"host{index}", HostBody(kvm, thread.ops))
     return kvm
+
+
+def dismantle(kvm: Kvm) -> None:
+    """Take out the references that run in circles: the machine is not used any more."""
+    for vcpu in kvm.vcpus:
+        vcpu.emulate_ctxt.ops = X86EmulateOps()
+    kvm.vcpus.clear()
 
 
 def load_program(host: Host, spec: VcpuSpec) -> None:

@@ -8,6 +8,7 @@ from mmufuzz.host.memory import PAGE_SHIFT
 from mmufuzz.host.sites import COUNT_LOAD
 from mmufuzz.kvm.counters import (
     RETRY_BEFORE,
+    RETRY_CMPXCHG,
     RETRY_COUNT_ZERO,
     RETRY_FAILED,
     RETRY_TABLE_WRITE,
@@ -16,12 +17,13 @@ from mmufuzz.kvm.counters import (
 from mmufuzz.kvm.emulate import (
     EMULATION_FAILED,
     EMULATION_RESTART,
-    decoded,
+    emulator_invalidate_register_cache,
     x86_decode_insn,
     x86_emulate_insn,
     x86_page_table_writing_insn,
 )
-from mmufuzz.kvm.emulator_access import EmulationFailed, IoNeeded, kvm_read_guest_virt
+from mmufuzz.kvm.emulate_ops import EmulationFailed, IoNeeded
+from mmufuzz.kvm.emulator_access import kvm_read_guest_virt
 from mmufuzz.kvm.exceptions import kvm_clear_exception_queue, kvm_inject_emulated_page_fault, kvm_queue_exception
 from mmufuzz.kvm.fault import (
     EMULTYPE_ALLOW_RETRY_PF,
@@ -34,12 +36,12 @@ from mmufuzz.kvm.fault import (
 )
 from mmufuzz.kvm.io import MMIO_PIECE, POISON
 from mmufuzz.kvm.memslots import gfn_to_memslot
-from mmufuzz.kvm.structs import INVALID_GPA, QueuedException, Vcpu
+from mmufuzz.kvm.structs import INVALID_GPA, Vcpu
 from mmufuzz.kvm.track import kvm_mmu_unprotect_gfn_and_retry, kvm_mmu_unprotect_page
 from mmufuzz.kvm.walker import gva_to_gpa
 from mmufuzz.x86.breakpoints import code_breakpoint
 from mmufuzz.x86.paging import ACCESS_WRITE
-from mmufuzz.x86.state import DR6_BS, FLAG_RF, FLAG_TF, NO_ERROR_CODE, VECTOR_DB, VECTOR_PF, VECTOR_UD, Fault
+from mmufuzz.x86.state import DR6_BS, FLAG_RF, NO_ERROR_CODE, VECTOR_DB, VECTOR_PF, VECTOR_UD, Fault
 
 RESUME_GUEST: Final = 1
 EXIT_TO_USERSPACE: Final = 0
@@ -74,7 +76,7 @@ def x86_emulate_instruction(vcpu: Vcpu, gva: int, emultype: int) -> int:
             # The answer of the check was taken for that of the decoder.
             return _on_decode_failure(vcpu, gva, emultype, None)
         try:
-            x86_decode_emulated_instruction(vcpu)
+            x86_decode_insn(vcpu.emulate_ctxt, False)
         except EmulationFailed:
             kvm.mark("emulate.decode_failed")
             kvm.host.note("the emulator cannot decode it")
@@ -92,22 +94,16 @@ def x86_emulate_instruction(vcpu: Vcpu, gva: int, emultype: int) -> int:
             kvm.count_retry(RETRY_BEFORE)
             kvm.host.note("retry without emulating")
             return RESUME_GUEST
+    else:
+        emulator_invalidate_register_cache(vcpu.emulate_ctxt)
+    kvm.observer.emulation_begins(vcpu.index)
+    ctxt = vcpu.emulate_ctxt
     while True:
-        result = x86_emulate_insn(vcpu)
+        result = x86_emulate_insn(ctxt)
         if result == EMULATION_FAILED:
             return _on_execution_failure(vcpu, gva, emultype)
-        if result != EMULATION_RESTART or vcpu.emulate_ctxt.exception is not None or vcpu.mmio.needed:
+        if result != EMULATION_RESTART or ctxt.have_exception or vcpu.mmio.needed:
             return _after_emulation(vcpu)
-
-
-def x86_decode_emulated_instruction(vcpu: Vcpu) -> None:
-    """x86.c:x86_decode_emulated_instruction, init_emulate_ctxt; see ``x86_decode_insn`` for the errors."""
-    ctxt = vcpu.emulate_ctxt
-    ctxt.tf = vcpu.regs.rflags & FLAG_TF != 0
-    ctxt.exception = None
-    ctxt.completed = False
-    ctxt.mem_read.clear()
-    ctxt.insn = x86_decode_insn(vcpu)
 
 
 def kvm_vcpu_check_code_breakpoint(vcpu: Vcpu, emultype: int) -> bool:
@@ -125,7 +121,7 @@ def kvm_vcpu_check_code_breakpoint(vcpu: Vcpu, emultype: int) -> bool:
 
 def _skip(vcpu: Vcpu) -> int:
     """x86.c:x86_emulate_instruction with EMULTYPE_SKIP: only the length was wanted."""
-    vcpu.regs.rip += decoded(vcpu).length
+    vcpu.regs.rip = vcpu.emulate_ctxt.next_eip
     vcpu.regs.rflags &= ~FLAG_RF
     return RESUME_GUEST
 
@@ -144,15 +140,12 @@ def _on_execution_failure(vcpu: Vcpu, gva: int, emultype: int) -> int:
 
 
 def _after_emulation(vcpu: Vcpu) -> int:
-    """The rest of x86.c:x86_emulate_instruction, from the emulator's result to the write-back.
-
-    RIP and RFLAGS are the emulator's own business here; an MMIO read has changed neither.
-    """
+    """The rest of x86.c:x86_emulate_instruction, from the emulator's result to the write-back."""
     kvm = vcpu.kvm
     ctxt = vcpu.emulate_ctxt
     mmio = vcpu.mmio
     result = RESUME_GUEST
-    if ctxt.exception is not None:
+    if ctxt.have_exception:
         read = mmio.needed and not mmio.is_write
         kvm.warn_on(read, "x86_emulate_instruction", "an exception with an MMIO read under way")
         mmio.needed = False
@@ -167,24 +160,31 @@ def _after_emulation(vcpu: Vcpu) -> int:
     elif vcpu.halt_request:
         vcpu.halt_request = False
         result = EXIT_TO_USERSPACE
+    if ctxt.cmpxchg_failed:
+        # The guest executes the instruction again: neither RIP nor registers have changed.
+        kvm.count_retry(RETRY_CMPXCHG)
+    if not ctxt.have_exception or not kvm.fixes.no_singlestep_on_fault:
+        vcpu.regs.rip = ctxt.eip
+        vcpu.regs.rflags = ctxt.eflags
+    kvm.observer.emulation_ends(vcpu.index)
     if ctxt.completed:
         kvm.mark("emulate.done")
-        kvm.host.note("emulated " + decoded(vcpu).mnemonic)
+        kvm.host.note("emulated " + ctxt.insn.entry.mnemonic)
         vcpu.retired += 1
         vcpu.progress += 1
         vcpu.instruction_done = True
-    if ctxt.exception is None or not kvm.fixes.no_singlestep_on_fault:
+    if not ctxt.have_exception or not kvm.fixes.no_singlestep_on_fault:
         if result == RESUME_GUEST and ctxt.tf:
             kvm_queue_exception(vcpu, VECTOR_DB, NO_ERROR_CODE, DR6_BS)
     return result
 
 
-def inject_emulated_exception(vcpu: Vcpu, exception: QueuedException) -> None:
+def inject_emulated_exception(vcpu: Vcpu, fault: Fault) -> None:
     """x86.c:inject_emulated_exception."""
-    if exception.vector == VECTOR_PF:
-        kvm_inject_emulated_page_fault(vcpu, exception.payload, exception.error_code)
+    if fault.vector == VECTOR_PF:
+        kvm_inject_emulated_page_fault(vcpu, fault.address, fault.error_code)
     else:
-        kvm_queue_exception(vcpu, exception.vector, exception.error_code, exception.payload)
+        kvm_queue_exception(vcpu, fault.vector, fault.error_code, fault.address)
 
 
 def complete_emulated_mmio(vcpu: Vcpu) -> int:
@@ -236,7 +236,7 @@ def _on_decode_failure(vcpu: Vcpu, gva: int, emultype: int, fault: Fault | None)
         vcpu.kvm.host.note("emulation failed: retry natively")
         return RESUME_GUEST
     if fault is not None and not (emultype & EMULTYPE_SKIP and vcpu.kvm.fixes.skip_fails_on_exception):
-        inject_emulated_exception(vcpu, QueuedException(fault.vector, fault.error_code, fault.address))
+        inject_emulated_exception(vcpu, fault)
         return RESUME_GUEST
     return handle_emulation_failure(vcpu, emultype)
 
@@ -248,7 +248,7 @@ def _retry_instruction(vcpu: Vcpu, gva: int, emultype: int) -> bool:
         return _retry_instruction_before_rewrite(vcpu, gva, emultype)
     if not emultype & EMULTYPE_ALLOW_RETRY_PF:
         return False
-    if x86_page_table_writing_insn(decoded(vcpu)):
+    if x86_page_table_writing_insn(vcpu.emulate_ctxt):
         kvm.count_retry(RETRY_TABLE_WRITE)
         return False
     zapped = kvm_mmu_unprotect_gfn_and_retry(vcpu, gva, False)
@@ -261,7 +261,7 @@ def _retry_instruction_before_rewrite(vcpu: Vcpu, gva: int, emultype: int) -> bo
     last_addr = vcpu.last_retry_addr
     vcpu.last_retry_eip = 0
     vcpu.last_retry_addr = 0
-    if not emultype & EMULTYPE_ALLOW_RETRY_PF or x86_page_table_writing_insn(decoded(vcpu)):
+    if not emultype & EMULTYPE_ALLOW_RETRY_PF or x86_page_table_writing_insn(vcpu.emulate_ctxt):
         return False
     if vcpu.regs.rip == last_eip and gva == last_addr:
         return False

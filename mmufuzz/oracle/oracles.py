@@ -12,6 +12,7 @@ from mmufuzz.kvm.structs import Kvm
 from mmufuzz.oracle.accounting import Accounting
 from mmufuzz.oracle.architecture import Architecture
 from mmufuzz.oracle.coherence import Coherence
+from mmufuzz.oracle.emulator import Emulator
 from mmufuzz.oracle.history import History
 from mmufuzz.oracle.lifetime import Lifetime
 from mmufuzz.oracle.progress import Progress
@@ -24,9 +25,12 @@ from mmufuzz.outcome import Finding
 class GuestObserver(Observer):
     """``Kvm.observer``."""
 
-    def __init__(self, coherence: Coherence, architecture: Architecture, lifetime: Lifetime, sink: Sink) -> None:
+    def __init__(
+        self, coherence: Coherence, architecture: Architecture, emulator: Emulator, lifetime: Lifetime, sink: Sink
+    ) -> None:
         self.coherence = coherence
         self.architecture = architecture
+        self.emulator = emulator
         self.lifetime = lifetime
         self.sink = sink
 
@@ -53,6 +57,14 @@ class GuestObserver(Observer):
     def instruction_skipped(self, vcpu: int) -> None:
         """Architecture."""
         self.architecture.instruction_skipped(vcpu)
+
+    def emulation_begins(self, vcpu: int) -> None:
+        """Emulator."""
+        self.emulator.begins(vcpu)
+
+    def emulation_ends(self, vcpu: int) -> None:
+        """Emulator."""
+        self.emulator.ends(vcpu)
 
     def temporary_used(self, vcpu: int, site: str) -> None:
         """Lifetime."""
@@ -127,7 +139,8 @@ class Oracles:
         self.accounting = Accounting(kvm, self.sink)
         lifetime = Lifetime(kvm, self.sink)
         coherence = Coherence(kvm, self.sink, self.history)
-        self.observer = GuestObserver(coherence, Architecture(kvm, self.sink), lifetime, self.sink)
+        architecture = Architecture(kvm, self.sink)
+        self.observer = GuestObserver(coherence, architecture, Emulator(kvm, self.sink), lifetime, self.sink)
         self.memory_watcher = FrameWatcher(self.history, lifetime)
         self.lock_watcher = UnlockWatcher(self.accounting, self.sink)
         self.boundary_watcher = YieldWatcher(Progress(kvm, self.sink, self.history), self.history)

@@ -64,10 +64,6 @@ class Bus:
         """WRMSR to EFER, after the checks that the CPU makes."""
         regs.efer = value
 
-    def between_elements(self, regs: Regs, count: int) -> bool:
-        """``count`` elements of a repeated string instruction are left: True to stop, with RIP at the instruction."""
-        return False
-
     def port_in(self, regs: Regs, port: int, size: int) -> int:
         """IN and INS of ``size`` 1, 2 or 4 bytes. Nothing answers: the bus floats high."""
         return (1 << 8 * size) - 1

@@ -169,7 +169,7 @@ def push_all(regs: Regs, insn: Insn, bus: Bus) -> None:
 def pop_all(regs: Regs, insn: Insn, bus: Bus) -> None:
     """POPA, POPAD: PUSHA backwards, but the stored SP is skipped."""
     size = insn.size
-    values = [load_stack(regs, bus, size * place, size) for place in range(8)]
+    values = [0 if place == 7 - RSP else load_stack(regs, bus, size * place, size) for place in range(8)]
     set_stack(regs, stack_offset(regs, 8 * size))
     for index in range(8):
         if index != RSP:

@@ -93,30 +93,37 @@ def performance_counter(regs: Regs, insn: Insn, bus: Bus) -> None:
 def read_msr(regs: Regs, insn: Insn, bus: Bus) -> None:
     """RDMSR."""
     require_cpl0(regs)
-    number = read_reg(regs, RCX, 4)
-    if number == MSR_EFER:
-        value = regs.efer
-    elif number == MSR_FS_BASE:
-        value = regs.segments[FS].base
-    elif number == MSR_GS_BASE:
-        value = regs.segments[GS].base
-    elif number == MSR_TSC:
-        value = bus.read_tsc(regs)
-    elif number in _ADDRESSES or number in _PLAIN:
-        value = regs.msr.get(number, _PAT_RESET if number == MSR_PAT else 0)
-    else:
-        raise Fault(VECTOR_GP, 0)
+    value = get_msr(regs, bus, read_reg(regs, RCX, 4))
     regs.gpr[RAX] = value & MASK32
     regs.gpr[RDX] = value >> 32
     advance(regs, insn)
 
 
+def get_msr(regs: Regs, bus: Bus, number: int) -> int:
+    """What RDMSR of ``number`` reads; #GP(0) for an MSR that does not exist."""
+    if number == MSR_EFER:
+        return regs.efer
+    if number == MSR_FS_BASE:
+        return regs.segments[FS].base
+    if number == MSR_GS_BASE:
+        return regs.segments[GS].base
+    if number == MSR_TSC:
+        return bus.read_tsc(regs)
+    if number in _ADDRESSES or number in _PLAIN:
+        return regs.msr.get(number, _PAT_RESET if number == MSR_PAT else 0)
+    raise Fault(VECTOR_GP, 0)
+
+
 def write_msr(regs: Regs, insn: Insn, bus: Bus) -> None:
-    """WRMSR, with the checks of each MSR (SDM vol. 4, table 2-2)."""
+    """WRMSR, which serialises."""
     require_cpl0(regs)
-    number = read_reg(regs, RCX, 4)
-    value = read_reg(regs, RDX, 4) << 32 | read_reg(regs, RAX, 4)
     bus.fence(regs)
+    set_msr(regs, bus, read_reg(regs, RCX, 4), read_reg(regs, RDX, 4) << 32 | read_reg(regs, RAX, 4))
+    advance(regs, insn)
+
+
+def set_msr(regs: Regs, bus: Bus, number: int, value: int) -> None:
+    """Write an MSR, with the checks of each (SDM vol. 4, table 2-2); #GP(0) where they fail."""
     if number == MSR_EFER:
         if value & ~_EFER_KNOWN or ((value ^ regs.efer) & EFER_LME and regs.cr0 >> 31):
             raise Fault(VECTOR_GP, 0)
@@ -137,7 +144,6 @@ def write_msr(regs: Regs, insn: Insn, bus: Bus) -> None:
         regs.msr[number] = value
     else:
         raise Fault(VECTOR_GP, 0)
-    advance(regs, insn)
 
 
 def _plain_allows(number: int, value: int) -> bool:

@@ -6,7 +6,7 @@ from typing import Final
 
 from mmufuzz.x86 import alu
 from mmufuzz.x86.bus import Bus
-from mmufuzz.x86.insn import FS, HIGH8, IMM, NO_REG, REG, RIP, SS, TR, Insn, Operand
+from mmufuzz.x86.insn import CS, FS, HIGH8, IMM, NO_REG, REG, RIP, SS, TR, Insn, Operand
 from mmufuzz.x86.state import (
     FLAG_CF,
     FLAG_OF,
@@ -127,23 +127,23 @@ def linear(regs: Regs, segment: int, offset: int, size: int, write: bool) -> int
         if offset + size > _LOW_HALF_END:
             check_canonical(regs, offset, size, segment == SS)
         return offset
-    if regs.flat and segment < FS:
+    if regs.flat and segment < FS and not (write and segment == CS):
         return offset
     descriptor = regs.segments[segment]
-    if not _allows(descriptor, offset, size, write):
+    if not _allows(descriptor, offset, size, write, regs.real_mode):
         raise Fault(VECTOR_SS if segment == SS else VECTOR_GP, 0)
     return offset + descriptor.base & MASK32
 
 
-def _allows(descriptor: Segment, offset: int, size: int, write: bool) -> bool:
+def _allows(descriptor: Segment, offset: int, size: int, write: bool, real_mode: bool) -> bool:
     """Whether type and limit of a segment let an access pass."""
     rights = descriptor.rights
     if rights & RIGHTS_UNUSABLE:
         return False
     last = offset + size - 1
     if rights & 8:
-        # Code: never writable, readable by bit 1.
-        return not write and rights & 2 != 0 and last <= descriptor.limit
+        # Code: readable by bit 1, writable in real-address mode only.
+        return (not write or real_mode) and rights & 2 != 0 and last <= descriptor.limit
     if write and rights & 2 == 0:
         return False
     if rights & 4:

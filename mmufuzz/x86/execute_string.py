@@ -92,6 +92,18 @@ def _element(regs: Regs, insn: Insn, bus: Bus, kind: int) -> None:
         _step(regs, insn, RSI)
 
 
+def _clear_upper_halves(regs: Regs, kind: int) -> None:
+    """A repetition of ECX = 0 times, on Intel CPUs: RCX, and the pointers of MOVS and STOS, lose their upper halves.
+
+    Not in the SDM; observed by the author of Linux commit 428e3d08574b. Other CPUs leave them alone.
+    """
+    write_reg(regs, RCX, 4, 0)
+    if kind in (_MOVS, _STOS):
+        write_reg(regs, RDI, 4, read_reg(regs, RDI, 4))
+    if kind == _MOVS:
+        write_reg(regs, RSI, 4, read_reg(regs, RSI, 4))
+
+
 def string(regs: Regs, insn: Insn, bus: Bus) -> None:
     """MOVS, STOS, LODS, CMPS, SCAS, INS and OUTS; REPNE repeats all but CMPS and SCAS as REP does.
 
@@ -109,12 +121,11 @@ def string(regs: Regs, insn: Insn, bus: Bus) -> None:
         return
     compares = kind in (_CMPS, _SCAS)
     wanted = FLAG_ZF if insn.rep == REP_F3 else 0
+    if asize == 4 and read_reg(regs, RCX, 4) == 0:
+        _clear_upper_halves(regs, kind)
     while read_reg(regs, RCX, asize) != 0:
         _element(regs, insn, bus, kind)
-        count = read_reg(regs, RCX, asize) - 1
-        write_reg(regs, RCX, asize, count)
+        write_reg(regs, RCX, asize, read_reg(regs, RCX, asize) - 1)
         if compares and regs.rflags & FLAG_ZF != wanted:
             break
-        if count and bus.between_elements(regs, count):
-            return
     advance(regs, insn)

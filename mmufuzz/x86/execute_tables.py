@@ -59,7 +59,7 @@ def mov_sreg(regs: Regs, insn: Insn, bus: Bus) -> None:
 def pop_sreg(regs: Regs, insn: Insn, bus: Bus) -> None:
     """POP of a segment register, which reads its 16 bits in a slot of the operand size."""
     size = insn.size
-    selector = load_stack(regs, bus, 0, size) & 0xFFFF
+    selector = load_stack(regs, bus, 0, 2)
     top = stack_offset(regs, size)
     load_segment(regs, bus, insn.operands[0].index, selector)
     set_stack(regs, top)

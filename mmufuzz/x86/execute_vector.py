@@ -71,8 +71,8 @@ def _write_vector(regs: Regs, insn: Insn, index: int, value: int) -> None:
         regs.xmm[index] = regs.xmm[index] & _UPPER_HALF | value
 
 
-def _write_mmx(regs: Regs, index: int, value: int) -> None:
-    """Any MMX instruction makes all x87 registers valid and register 0 the top."""
+def write_mmx(regs: Regs, index: int, value: int) -> None:
+    """Write an MMX register: any MMX instruction makes all x87 registers valid and register 0 the top."""
     regs.fpr[index] = _MMX_TOP | value
     enter_mmx(regs)
 
@@ -95,7 +95,7 @@ def move(regs: Regs, insn: Insn, bus: Bus) -> None:
     if dst.kind == XMM:
         _write_vector(regs, insn, dst.index, value)
     elif dst.kind == MMX:
-        _write_mmx(regs, dst.index, value)
+        write_mmx(regs, dst.index, value)
     elif dst.kind == REG:
         write_reg(regs, dst.index, dst.size, value)
     else:

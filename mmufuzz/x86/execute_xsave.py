@@ -19,6 +19,7 @@ SSE: Final = 2
 AVX: Final = 4
 COMPACTED: Final = 1 << 63
 _LEGACY_SIZE: Final = 512
+_LEGACY_USED32: Final = 288  # without XMM8 to XMM15 and what is the program's own
 _HEADER: Final = 512
 _AVX_AREA: Final = 576
 _MXCSR_MASK: Final = 0xFFFF
@@ -98,7 +99,41 @@ def _check_fx(regs: Regs) -> None:
 def fxrstor(regs: Regs, insn: Insn, bus: Bus) -> None:
     """FXRSTOR."""
     _check_fx(regs)
-    address = _area(regs, insn, _LEGACY_SIZE, 16, False)
+    _load_legacy(regs, bus, _area(regs, insn, _LEGACY_SIZE, 16, False))
+    advance(regs, insn)
+
+
+class _Image(Bus):
+    """A save area of its own, from address 0."""
+
+    def __init__(self, image: bytes) -> None:
+        self.image = image
+
+    def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
+        """Bytes of the area."""
+        return int.from_bytes(self.image[gva : gva + size], "little")
+
+    def store(self, regs: Regs, gva: int, size: int, value: int, locked: bool) -> None:
+        """Bytes of the area."""
+        self.image = self.image[:gva] + value.to_bytes(size, "little") + self.image[gva + size :]
+
+
+def fxsave_image(regs: Regs) -> int:
+    """What FXSAVE writes outside 64-bit code, as a number of 288 bytes."""
+    area = _Image(bytes(_LEGACY_USED32))
+    _save_x87(regs, area, 0)
+    _save_mxcsr(regs, area, 0)
+    _save_vectors(regs, area, 160, False)
+    return int.from_bytes(area.image, "little")
+
+
+def load_fxsave_image(regs: Regs, image: int) -> None:
+    """Load the 288 bytes of ``fxsave_image``; #GP(0) for reserved bits of MXCSR."""
+    area = _Image(image.to_bytes(_LEGACY_USED32, "little"))
+    _load_legacy(regs, area, 0)
+
+
+def _load_legacy(regs: Regs, bus: Bus, address: int) -> None:
     x87 = _X87State(regs, bus, address)
     mxcsr = checked_mxcsr(bus.load(regs, address + 24, 4, False, False))
     vectors = _load_vectors(regs, bus, address + 160)
@@ -106,7 +141,6 @@ def fxrstor(regs: Regs, insn: Insn, bus: Bus) -> None:
     regs.mxcsr = mxcsr
     for index in range(len(vectors)):
         regs.xmm[index] = regs.xmm[index] >> 128 << 128 | vectors[index]
-    advance(regs, insn)
 
 
 def _requested(regs: Regs) -> int:

@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import ``machines``, and runs the test that looks back on all of them last."""
+"""Lets the tests of this folder import ``machines`` and the helpers of ``tests/x86``, and runs one test last."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+for _folder in ("kvm", "x86"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / _folder))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

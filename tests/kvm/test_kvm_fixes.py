@@ -13,21 +13,30 @@ from mmufuzz.kvm.fixes import (
     BENIGN,
     BREAKPOINT_BEFORE_DECODE,
     DUMMY_ROOT,
+    EIP_CHECK,
     FIXES,
     KERNELS,
     LATEST,
+    LOCKED_ATOMIC,
+    MEMOPP_CHECK,
     MMIO_SCRATCH,
+    MOVBE66,
     NO_SINGLESTEP_ON_FAULT,
+    NULL_SS,
     REEXECUTE_FLAG_ONLY,
     REEXECUTE_LOCKLESS,
     REEXECUTE_ONE_PATH,
     REEXECUTE_OPT_IN,
+    REP_ZERO_QUIRK,
     RETRY_CHECK,
     RETRY_RECORD_FAILURE,
     RETRY_RECORD_FAULT,
     RETRY_REWRITE,
+    SEGMENT_PRIVILEGE,
     SELF_CHANGE_IN_FETCH,
     SKIP_FAILS_ON_EXCEPTION,
+    STD_USER_ACCESS,
+    SYSENTER_CS,
     TRACK_DIRECT_CALL,
     UNPROTECT_IFF_ZAPPED,
     USER_FAILURE_IS_UD,
@@ -35,7 +44,7 @@ from mmufuzz.kvm.fixes import (
     behaviours,
     find,
 )
-from mmufuzz.kvm.structs import Fixes
+from mmufuzz.kvm.switches import Fixes
 
 V6_1 = {
     WRITE_PF_TO_SP,
@@ -45,9 +54,16 @@ V6_1 = {
     NO_SINGLESTEP_ON_FAULT,
     MMIO_SCRATCH,
     SKIP_FAILS_ON_EXCEPTION,
+    MEMOPP_CHECK,
+    EIP_CHECK,
+    NULL_SS,
+    STD_USER_ACCESS,
+    SYSENTER_CS,
+    LOCKED_ATOMIC,
+    REP_ZERO_QUIRK,
 }
-V6_8 = V6_1 | {SELF_CHANGE_IN_FETCH, TRACK_DIRECT_CALL, DUMMY_ROOT}
-V6_9 = V6_8 | {REEXECUTE_LOCKLESS, REEXECUTE_ONE_PATH, REEXECUTE_FLAG_ONLY}
+V6_8 = V6_1 | {SELF_CHANGE_IN_FETCH, TRACK_DIRECT_CALL, DUMMY_ROOT, SEGMENT_PRIVILEGE}
+V6_9 = V6_8 | {REEXECUTE_LOCKLESS, REEXECUTE_ONE_PATH, REEXECUTE_FLAG_ONLY, MOVBE66}
 GUARD = {RETRY_CHECK, RETRY_RECORD_FAULT, RETRY_RECORD_FAILURE}
 V6_12 = V6_9 | GUARD | {BARRIER_EMULATOR, BARRIER_ACCOUNT, UNPROTECT_IFF_ZAPPED, RETRY_REWRITE}
 
@@ -78,7 +94,7 @@ def test_a_fix_says_what_it_is_and_where(fix: object) -> None:
     assert isinstance(fix, type(FIXES[0]))
     assert fix.title and fix.commit and fix.behaviours and ":" in fix.citation
     assert fix.kernel in KERNELS
-    assert fix.shows in (BENIGN, "coherence", "livelock", "lifetime", "architecture")
+    assert fix.shows in (BENIGN, "coherence", "livelock", "lifetime", "architecture", "emulator", "warn")
 
 
 def test_a_fix_can_be_named_by_its_entry_in_the_zoo() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mmufuzz.kvm.opcode_table import as_emulated, can_begin, can_decode
-from mmufuzz.x86.decode import decode
-from mmufuzz.x86.state import EFER_LMA, Regs
+from mmufuzz.kvm.emulate_decode import decode
+from mmufuzz.kvm.emulate_handlers import EXECUTE, cannot_emulate
+from mmufuzz.kvm.emulate_ops import EmulationFailed
 
 # Samples in 64-bit code; memory operands are [rax].
 KNOWN = """
@@ -34,45 +34,57 @@ def samples(text: str) -> list[bytes]:
     return [bytes.fromhex(word) for word in text.split()]
 
 
+def known(code: bytes, bits: int = 64) -> bool:
+    """The tables have an entry, and the entry a function."""
+    try:
+        return EXECUTE[decode(code, bits).entry.operation] is not cannot_emulate
+    except EmulationFailed:
+        return False
+
+
 @pytest.mark.parametrize("code", samples(KNOWN), ids=bytes.hex)
 def test_the_emulator_has_an_entry(code: bytes) -> None:
-    assert can_decode(decode(code, True))
+    assert known(code)
 
 
 @pytest.mark.parametrize("code", samples(UNKNOWN), ids=bytes.hex)
 def test_the_emulator_has_no_entry(code: bytes) -> None:
-    assert not can_decode(decode(code, True))
+    assert not known(code)
 
 
 @pytest.mark.parametrize(
-    ("texts", "known"),
+    ("texts", "expected"),
     [(("27", "37", "3f", "6200", "6300"), False), (("2f", "60", "61", "d400", "d500", "d6", "c500", "06", "1f"), True)],
     ids=["unknown", "known"],
 )
-def test_entries_of_32_bit_code(texts: tuple[str, ...], known: bool) -> None:
-    assert [can_decode(decode(bytes.fromhex(text), False)) for text in texts] == [known] * len(texts)
+def test_entries_of_32_bit_code(texts: tuple[str, ...], expected: bool) -> None:
+    assert [known(bytes.fromhex(text), 32) for text in texts] == [expected] * len(texts)
 
 
 @pytest.mark.parametrize(("text", "name"), [("f30fbcc1", "bsf"), ("f30fbdc1", "bsr"), ("0fbcc1", "bsf")])
 def test_tzcnt_and_lzcnt_are_taken_for_bsf_and_bsr(text: str, name: str) -> None:
-    insn = decode(bytes.fromhex(text), True)
-    emulated = as_emulated(insn)
-    assert (emulated.mnemonic, emulated.length, emulated.operands) == (name, insn.length, insn.operands)
+    assert decode(bytes.fromhex(text), 64).name == name
+
+
+@pytest.mark.parametrize("text", ["660ff30f38f000", "f2660f1000", "66f30f6f00"])
+def test_two_mandatory_prefixes_are_one_too_many(text: str) -> None:
+    assert not known(bytes.fromhex(text))
 
 
 @pytest.mark.parametrize(
-    ("text", "mode64", "begins"),
-    [
-        ("c8000000", True, True),
-        ("c8000001", True, False),
-        ("0fae00", True, False),
-        ("0fae00", False, True),
-        ("cd80", True, False),
-        ("cc", False, False),
-        ("cf", False, False),
-    ],
+    ("code", "sizes"),
+    [("50", (8, 8)), ("6650", (2, 8)), ("66eb00", (8, 8)), ("6789c0", (4, 4)), ("66480fc300", (8, 8))],
 )
-def test_entries_that_are_refused_at_once(text: str, mode64: bool, begins: bool) -> None:
-    regs = Regs()
-    regs.efer = EFER_LMA if mode64 else 0
-    assert can_begin(decode(bytes.fromhex(text), mode64), regs) == begins
+def test_operand_and_address_sizes_in_64_bit_code(code: str, sizes: tuple[int, int]) -> None:
+    insn = decode(bytes.fromhex(code), 64)
+    assert (insn.op_bytes, insn.ad_bytes) == sizes
+
+
+def test_a_rex_prefix_counts_only_before_the_opcode() -> None:
+    assert decode(bytes.fromhex("486689c0"), 64).op_bytes == 2
+    assert decode(bytes.fromhex("664889c0"), 64).op_bytes == 8
+
+
+def test_the_last_segment_prefix_counts() -> None:
+    assert decode(bytes.fromhex("64268b00"), 64).segment == 0
+    assert decode(bytes.fromhex("26648b00"), 64).segment == 4

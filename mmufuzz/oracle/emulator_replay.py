@@ -1,0 +1,227 @@
+"""The hardware's side of an emulated instruction: the executor over what the emulator accessed.
+
+The values are those that the emulator itself read, so what other CPUs do meanwhile does not matter.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mypy_extensions import mypyc_attr
+
+from mmufuzz.kvm.emulate_ctxt import CMPXCHG, PORT, READ, SYSTEM, WRITE, Access
+from mmufuzz.x86.bus import Bus
+from mmufuzz.x86.state import PFERR_WRITE, VECTOR_GP, VECTOR_PF, Fault, Regs
+
+_PAGE: Final = ~0xFFF
+
+
+@mypyc_attr(native_class=False)
+class BeyondTheRecord(Exception):
+    """The executor asks for what the emulator did not access."""
+
+
+class Store:
+    """A store of the executor."""
+
+    def __init__(self, gva: int, size: int, value: int, locked: bool, system: bool) -> None:
+        self.gva = gva
+        self.size = size
+        self.value = value
+        self.locked = locked
+        self.system = system
+
+
+class Replay(Bus):
+    """``accesses`` of an emulation that ended with ``fault``, or with none; ``after`` are the registers it left."""
+
+    def __init__(self, accesses: list[Access], fault: Fault | None, after: Regs, mode64: bool) -> None:
+        self.reads: list[Access] = []
+        self.writes: list[Access] = []
+        self.ports: list[int] = []
+        self.after = after
+        self.fault = fault
+        self.mask = 0xFFFFFFFFFFFFFFFF if mode64 else 0xFFFFFFFF
+        self.failed: Access | None = None
+        """The access that the page fault interrupted."""
+        if fault is not None and fault.vector == VECTOR_PF:
+            self.failed = accesses[len(accesses) - 1]
+        for access in accesses:
+            kind = access.kind & ~SYSTEM
+            if access is self.failed:
+                continue
+            if kind == READ:
+                self.reads.append(access)
+            elif kind == PORT:
+                self.ports.append(access.value)
+            else:
+                self.writes.append(access)
+        self.used = [False] * len(self.reads)
+        self.stores: list[Store] = []
+        self.budget = 0
+        """Bytes that the emulator wrote."""
+        for access in self.writes:
+            self.budget += access.size
+        self.system = False
+        self.privilege = True
+        """Every access so far was made with the privilege that the emulator used."""
+
+    def _check_fault(self, gva: int, size: int, write: bool) -> None:
+        """Raise the emulator's page fault if this access touches its page."""
+        failed = self.failed
+        fault = self.fault
+        if failed is None or fault is None:
+            return
+        page = fault.address & self.mask & _PAGE
+        if gva & _PAGE != page and gva + size - 1 & self.mask & _PAGE != page:
+            return
+        if not self._in_failed(gva, size):
+            return
+        if (failed.kind & SYSTEM != 0) != self.system:
+            self.privilege = False
+        error_code = fault.error_code & ~PFERR_WRITE | (PFERR_WRITE if write else 0)
+        raise Fault(VECTOR_PF, error_code, fault.address)
+
+    def _in_failed(self, gva: int, size: int) -> bool:
+        """Whether an access overlaps the one that failed. Addresses wrap."""
+        failed = self.failed
+        if failed is None:
+            return False
+        return gva - failed.gva & self.mask < failed.size or failed.gva - gva & self.mask < size
+
+    def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
+        """What the emulator read there; its first read that has not been asked for yet."""
+        for place in range(len(self.reads)):
+            access = self.reads[place]
+            if access.gva == gva and access.size == size and not self.used[place]:
+                self.used[place] = True
+                self._check_privilege(access)
+                return access.value
+        self._check_fault(gva, size, rmw)
+        value = 0
+        for place in range(size):
+            value |= self._byte(gva + place) << (place << 3)
+        return value
+
+    def _byte(self, gva: int) -> int:
+        """A byte of an access that the emulator made in other pieces, or of a store before."""
+        for store in self.stores:
+            place = gva - store.gva & self.mask
+            if place < store.size:
+                return store.value >> (place << 3) & 0xFF
+        for access in self.reads:
+            place = gva - access.gva & self.mask
+            if place < access.size:
+                self._check_privilege(access)
+                return access.value >> (place << 3) & 0xFF
+        if self._in_failed(gva, 1):
+            # The part before the page that faults; what it holds no longer matters.
+            return 0
+        raise BeyondTheRecord
+
+    def _check_privilege(self, access: Access) -> None:
+        if (access.kind & SYSTEM != 0) != self.system:
+            self.privilege = False
+
+    def store(self, regs: Regs, gva: int, size: int, value: int, locked: bool) -> None:
+        """Remember the store, unless the emulator wrote less."""
+        self._check_fault(gva, size, True)
+        if self._in_failed(gva, size):
+            return
+        self.budget -= size
+        if self.budget < 0:
+            raise BeyondTheRecord
+        self.stores.append(Store(gva, size, value, locked, self.system))
+
+    def load_system(self, regs: Regs, gva: int, size: int) -> int:
+        """A descriptor, gate or TSS field."""
+        self.system = True
+        try:
+            return self.load(regs, gva, size, False, False)
+        finally:
+            self.system = False
+
+    def store_system(self, regs: Regs, gva: int, size: int, value: int) -> None:
+        """An accessed or busy bit."""
+        self.system = True
+        try:
+            self.store(regs, gva, size, value, False)
+        finally:
+            self.system = False
+
+    def fence(self, regs: Regs) -> None:
+        """Nothing to order."""
+
+    def _refused(self) -> None:
+        """Whether a register takes a value is not emulate.c's to say: the replay follows the emulation."""
+        if self.fault is not None and self.fault.vector == VECTOR_GP:
+            raise Fault(VECTOR_GP, 0)
+
+    def write_cr(self, regs: Regs, number: int, value: int) -> None:
+        """What the control register then holds."""
+        self._refused()
+        regs.cr0 = self.after.cr0
+        regs.cr3 = self.after.cr3
+        regs.cr4 = self.after.cr4
+
+    def write_efer(self, regs: Regs, value: int) -> None:
+        """What EFER then holds."""
+        self._refused()
+        regs.efer = self.after.efer
+
+    def invlpg(self, regs: Regs, gva: int) -> None:
+        """No register changes."""
+
+    def halt(self, regs: Regs) -> None:
+        """No register changes."""
+
+    def port_in(self, regs: Regs, port: int, size: int) -> int:
+        """What the emulator read."""
+        if not self.ports:
+            raise BeyondTheRecord
+        return self.ports.pop(0)
+
+    def same_writes(self) -> bool:
+        """The emulator wrote what the executor stored, byte by byte, and locked where that locks."""
+        writes = self.writes
+        stores = self.stores
+        if len(writes) == 1 and len(stores) == 1:
+            write = writes[0]
+            store = stores[0]
+            if write.gva == store.gva and write.size == store.size and write.value == store.value:
+                return write.kind & ~SYSTEM == (CMPXCHG if store.locked else WRITE)
+        if not writes and not stores:
+            return True
+        emulated: dict[int, int] = {}
+        for write in writes:
+            for place in range(write.size):
+                emulated[write.gva + place & self.mask] = write.value >> (place << 3) & 0xFF
+        executed: dict[int, int] = {}
+        for store in stores:
+            for place in range(store.size):
+                executed[store.gva + place & self.mask] = store.value >> (place << 3) & 0xFF
+        return self._same_bytes(emulated, executed) and not any(store.locked for store in stores)
+
+    def _same_bytes(self, emulated: dict[int, int], executed: dict[int, int]) -> bool:
+        """Equal, but for bytes of descriptors that the emulator wrote back as it had read them."""
+        for gva, value in executed.items():
+            if emulated.get(gva, -1) != value:
+                return False
+        for gva, value in emulated.items():
+            if gva not in executed and self._read_as_system(gva) != value:
+                return False
+        return True
+
+    def _read_as_system(self, gva: int) -> int:
+        for access in self.reads:
+            if access.kind & SYSTEM and access.gva <= gva < access.gva + access.size:
+                return access.value >> (gva - access.gva << 3) & 0xFF
+        return -1
+
+    def same_write_privilege(self) -> bool:
+        """No write was made with more privilege than the store it stands for."""
+        for write in self.writes:
+            for store in self.stores:
+                if write.gva <= store.gva < write.gva + write.size and (write.kind & SYSTEM != 0) != store.system:
+                    return False
+        return True

@@ -1,0 +1,251 @@
+"""KVM's emulator leaves what the hardware executor leaves, but for the deviations that are listed, each shown here.
+
+The sequences are a slice of those that ``tox -e oracle`` runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from emulated_sequences import CODE, GDT, SIZE, Comparer, Memory, emulate, emulator
+
+from mmufuzz.kvm.emulate import EMULATION_OK
+from mmufuzz.kvm.emulate_handlers import EXECUTE, cannot_emulate
+from mmufuzz.kvm.fixes import behaviours
+from mmufuzz.kvm.opcode_table import NAMES
+from mmufuzz.kvm.switches import Fixes
+from mmufuzz.oracle.emulator_compare import Comparison, replay
+from mmufuzz.oracle.emulator_deviations import DEVIATIONS, explain
+from mmufuzz.x86.flat_registers import initial_registers
+from mmufuzz.x86.state import CR4_DE, Regs
+
+RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
+BITS = pytest.mark.parametrize("bits", [64, 32, 16])
+DATA = 0x1000
+
+
+@BITS
+def test_sequences_leave_what_hardware_leaves(bits: int) -> None:
+    comparer = Comparer(bits, 1)
+    for _ in range(300):
+        comparer.sequence(6)
+    assert comparer.unexplained == []
+    assert len(comparer.used) > 80
+
+
+@pytest.mark.oracle
+@BITS
+def test_many_sequences_leave_what_hardware_leaves(bits: int) -> None:
+    comparer = Comparer(bits, 2)
+    for _ in range(100_000):
+        comparer.sequence(6)
+    print(f"{bits}-bit: {sum(comparer.used.values())} instructions, {comparer.explained}")
+    assert comparer.unexplained == []
+
+
+def test_every_function_of_the_emulator_is_compared_in_some_mode() -> None:
+    comparers = [Comparer(bits, 3) for bits in (64, 32, 16)]
+    missing = []
+    for number, handler in enumerate(EXECUTE):
+        name = NAMES[number].split(".")[0]
+        if handler is not cannot_emulate and not any(is_compared(comparer, name) for comparer in comparers):
+            missing.append(name)
+    assert missing == ["rsm"]
+    assert [comparer.unexplained for comparer in comparers] == [[], [], []]
+
+
+def is_compared(comparer: Comparer, name: str) -> bool:
+    """Some of a few random instructions ``name`` have been compared."""
+    comparer.only([name])
+    if not comparer.forms:
+        return False
+    return any(comparer.instruction() and name in comparer.used for _ in range(60))
+
+
+FAULTS = {
+    "eip_check": ["jmp", "call", "ret"],
+    "null_ss": ["lss"],
+    "std_user_access": ["sgdt"],
+    "locked_atomic": ["add"],
+    "rep_zero_quirk": ["movs"],
+    "segment_privilege": ["lfs"],
+}
+
+
+@pytest.mark.parametrize("fix", FAULTS)
+def test_an_emulator_without_a_fix_differs(fix: str) -> None:
+    """The comparison can fail: random instructions meet each of these faults."""
+    fixes = Fixes(behaviours("latest", (), ()))
+    setattr(fixes, fix, False)
+    comparer = Comparer(64, 1, fixes)
+    comparer.only(FAULTS[fix])
+    for _ in range(300):
+        comparer.sequence(10)
+        if comparer.unexplained:
+            return
+    pytest.fail("no difference")
+
+
+# The deviations one by one.
+
+
+class Shown:
+    """``code`` after ``setup`` shows a deviation."""
+
+    def __init__(self, bits: int, code: str, setup: Callable[[Regs, Memory], None]) -> None:
+        self.bits = bits
+        self.code = bytes.fromhex(code)
+        self.setup = setup
+
+
+def compared(shown: Shown) -> Comparison:
+    """The instruction on both sides."""
+    regs = initial_registers(shown.bits)
+    regs.rip = CODE
+    regs.gpr[RSP] = 0x2000
+    regs.gdt_base = GDT
+    regs.gdt_limit = 0xFF
+    bus = Memory(SIZE)
+    bus.poke(CODE, len(shown.code), int.from_bytes(shown.code, "little"))
+    shown.setup(regs, bus)
+    before = regs.copy()
+    ctxt = emulator(regs, bus)
+    assert emulate(ctxt) == EMULATION_OK
+    made = Comparison(ctxt.insn, before, regs)
+    made.fault = ctxt.exception if ctxt.have_exception else None
+    replay(made, ctxt.code, ctxt.accesses)
+    return made
+
+
+def _nothing(regs: Regs, bus: Memory) -> None:
+    pass
+
+
+def _four_trailing_zeros(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RCX] = 0x18
+    regs.rflags |= 1
+
+
+def _old_value(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RAX] = 5 << 32
+
+
+def _three_words(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RCX] = 3
+    regs.gpr[RDI] = DATA
+
+
+def _second_page_is_absent(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RCX] = 3
+    regs.gpr[RAX] = (1 << 64) - 1
+    regs.gpr[RDI] = 0x2000 - 8
+    bus.deny(0x2000, 0x3000)
+
+
+def _unequal(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RAX] = 1
+    regs.gpr[RBX] = 7 << 32 | 2
+
+
+def _at_data(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RAX] = DATA
+
+
+def _page_is_absent(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RAX] = DATA
+    bus.deny(DATA, DATA + 0x1000)
+
+
+def _user(regs: Regs, bus: Memory) -> None:
+    regs.cpl = 3
+    regs.cr4 |= CR4_DE
+
+
+def _general_detect(regs: Regs, bus: Memory) -> None:
+    regs.dr[7] |= 1 << 13
+
+
+def _not_canonical(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RAX] = 1 << 47
+
+
+def _straddling(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RAX] = (1 << 47) - 4
+
+
+def _stack_page_ends(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RSP] = 0x1008
+    bus.deny(0, 0x1000)
+
+
+def _null(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RAX] = 0
+
+
+def _local_selector(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RAX] = 0x1C
+
+
+def _interrupt_table(regs: Regs, bus: Memory) -> None:
+    regs.idt_limit = 0x3FF
+
+
+def _offset_beyond_the_limit(regs: Regs, bus: Memory) -> None:
+    """CS takes its limit along in real mode, so the offset is refused behind the load."""
+    bus.poke(0x2000, 8, 0x0001_2345)
+
+
+def _read_ahead_over_a_page(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RCX] = 3
+    regs.gpr[RDI] = 0x2000 - 8
+    bus.deny(0x2000, 0x3000)
+
+
+SHOWN: dict[str, Shown] = {
+    "tzcnt": Shown(64, "f30fbdc1", _four_trailing_zeros),
+    "bsf-zero": Shown(64, "0fbcc1", _old_value),
+    "rep-end": Shown(64, "f348ab", _three_words),
+    "rep-flags": Shown(64, "f248af", _second_page_is_absent),
+    "cmpxchg-register": Shown(64, "0fb1cb", _unequal),
+    "sreg-rex": Shown(64, "448cd8", _nothing),
+    "sreg-order": Shown(64, "8e08", _page_is_absent),
+    "selector-width": Shown(64, "488c18", _at_data),
+    "control-order": Shown(64, "0f20c8", _user),
+    "debug-detect": Shown(64, "0f21f8", _general_detect),
+    "mmx-fault": Shown(64, "0f7f00", _page_is_absent),
+    "segment-override": Shown(64, "368b00", _not_canonical),
+    "canonical-first-byte": Shown(64, "488b00", _straddling),
+    "write-check": Shown(32, "2e0108", _page_is_absent),
+    "null-ss": Shown(64, "8ed0", _null),
+    "system-segment": Shown(64, "0f00d8", _local_selector),
+    "enter-size": Shown(64, "66c8000000", _nothing),
+    "undefined-encoding": Shown(64, "660fc308", _at_data),
+    "several-stores": Shown(32, "60", _stack_page_ends),
+    "far-order": Shown(16, "66cf", _offset_beyond_the_limit),
+    "interrupt-size": Shown(16, "66cd21", _interrupt_table),
+    "ins-read-ahead": Shown(64, "f36d", _read_ahead_over_a_page),
+    "lgdt16": Shown(32, "660f0110", _at_data),
+}
+
+
+@pytest.mark.parametrize("name", [deviation.name for deviation in DEVIATIONS])
+def test_a_listed_deviation_is_what_the_emulator_does(name: str) -> None:
+    made = compared(SHOWN[name])
+    assert made.differences
+    assert explain(made) == name
+
+
+@pytest.mark.parametrize("name", [deviation.name for deviation in DEVIATIONS])
+def test_a_deviation_explains_nothing_else(name: str) -> None:
+    deviation = next(deviation for deviation in DEVIATIONS if deviation.name == name)
+    others = [other for other in SHOWN if other != name]
+    explained = [other for other in others if deviation.applies(compared(SHOWN[other]))]
+    assert len(explained) <= 2, explained
+
+
+def test_the_documentation_lists_the_deviations() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "emulator.md").read_text()
+    for deviation in DEVIATIONS:
+        assert f"| `{deviation.name}` | {deviation.what} | {deviation.source} |" in text
