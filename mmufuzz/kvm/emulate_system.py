@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from mmufuzz.host.memory import PAGE_SIZE
 from mmufuzz.kvm.emulate_checks import bad_iopl
 from mmufuzz.kvm.emulate_ctxt import (
     MASK32,
@@ -47,7 +48,6 @@ from mmufuzz.x86.state import (
     Fault,
 )
 
-_PAGE_SIZE: Final = 4096
 _READ_AHEAD: Final = 1024
 _FXSAVE_SIZE: Final = 160 + 8 * 16
 """An image with the eight vector registers that 32-bit code has."""
@@ -288,8 +288,8 @@ def _read_port(ctxt: X86EmulateCtxt, port: int, size: int) -> int:
 
 
 def _read_ahead(ctxt: X86EmulateCtxt, port: int, size: int) -> None:
-    offset = ctxt.gpr[RDI] & _PAGE_SIZE - 1
-    in_page = offset if ctxt.eflags & FLAG_DF else _PAGE_SIZE - offset
+    offset = ctxt.gpr[RDI] & PAGE_SIZE - 1
+    in_page = offset if ctxt.eflags & FLAG_DF else PAGE_SIZE - offset
     count = max(1, min(in_page, _READ_AHEAD // size, address_mask(ctxt.insn, ctxt.gpr[RCX])))
     ctxt.io_read = [_read_port(ctxt, port, size) for _ in range(count)]
     ctxt.io_read_pos = 0

@@ -76,15 +76,15 @@ def x86_emulate_instruction(vcpu: Vcpu, gva: int, emultype: int) -> int:
             # The answer of the check was taken for that of the decoder.
             return _on_decode_failure(vcpu, gva, emultype, None)
         try:
-            x86_decode_insn(vcpu.emulate_ctxt, False)
+            x86_decode_insn(vcpu.emulate_ctxt, emultype & EMULTYPE_TRAP_UD != 0)
         except EmulationFailed:
             kvm.mark("emulate.decode_failed")
             kvm.host.note("the emulator cannot decode it")
             return _on_decode_failure(vcpu, gva, emultype, None)
         except Fault as fault:
             return _on_decode_failure(vcpu, gva, emultype, fault)
-        if emultype & EMULTYPE_TRAP_UD:
-            # The #UD intercept without the prefix is for foreign hypercalls; every other instruction gets its #UD.
+        if emultype & EMULTYPE_TRAP_UD and vcpu.emulate_ctxt.insn.name == "vmcall":
+            # The hypercall of the other vendor, which is what KVM intercepts #UD for; it is not modelled.
             kvm_queue_exception(vcpu, VECTOR_UD)
             return RESUME_GUEST
         if emultype & EMULTYPE_SKIP:
