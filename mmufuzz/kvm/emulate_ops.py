@@ -77,8 +77,8 @@ class X86EmulateOps:
         """HLT."""
         raise NotImplementedError
 
-    def pio_in(self, port: int, size: int) -> int:
-        """One element of IN or INS."""
+    def pio_in(self, port: int, size: int, count: int) -> list[int]:
+        """``count`` elements of IN or INS."""
         raise NotImplementedError
 
     def pio_out(self, port: int, size: int, value: int) -> None:
@@ -168,9 +168,9 @@ class BusOps(X86EmulateOps):
         """As the CPU halts."""
         self.bus.halt(self.regs)
 
-    def pio_in(self, port: int, size: int) -> int:
+    def pio_in(self, port: int, size: int, count: int) -> list[int]:
         """As the CPU reads a port."""
-        return self.bus.port_in(self.regs, port, size)
+        return [self.bus.port_in(self.regs, port, size) for _ in range(count)]
 
     def pio_out(self, port: int, size: int, value: int) -> None:
         """As the CPU writes a port."""

@@ -264,7 +264,7 @@ def em_in(ctxt: X86EmulateCtxt) -> None:
     dst = ctxt.dst
     port = ctxt.src.val & 0xFFFF
     if not (ctxt.insn.rep and ctxt.d & STRING):
-        dst.val = _read_port(ctxt, port, dst.bytes)
+        dst.val = _read_port(ctxt, port, dst.bytes, 1)[0]
         return
     if ctxt.io_read_pos == len(ctxt.io_read):
         _read_ahead(ctxt, port, dst.bytes)
@@ -281,17 +281,18 @@ def em_in(ctxt: X86EmulateCtxt) -> None:
     ctxt.io_read_pos = len(ctxt.io_read)
 
 
-def _read_port(ctxt: X86EmulateCtxt, port: int, size: int) -> int:
-    value = ctxt.ops.pio_in(port, size)
-    ctxt.accesses.append(Access(PORT, port, size, value))
-    return value
+def _read_port(ctxt: X86EmulateCtxt, port: int, size: int, count: int) -> list[int]:
+    values = ctxt.ops.pio_in(port, size, count)
+    for value in values:
+        ctxt.accesses.append(Access(PORT, port, size, value))
+    return values
 
 
 def _read_ahead(ctxt: X86EmulateCtxt, port: int, size: int) -> None:
     offset = ctxt.gpr[RDI] & PAGE_SIZE - 1
     in_page = offset if ctxt.eflags & FLAG_DF else PAGE_SIZE - offset
     count = max(1, min(in_page, _READ_AHEAD // size, address_mask(ctxt.insn, ctxt.gpr[RCX])))
-    ctxt.io_read = [_read_port(ctxt, port, size) for _ in range(count)]
+    ctxt.io_read = _read_port(ctxt, port, size, count)
     ctxt.io_read_pos = 0
     ctxt.io_read_used = True
 

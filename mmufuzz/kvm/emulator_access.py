@@ -13,14 +13,26 @@ from mmufuzz.kvm.emulate_ops import EmulationFailed, IoNeeded
 from mmufuzz.kvm.io import MAX_MMIO_FRAGMENTS, MMIO_PIECE, MmioFragment
 from mmufuzz.kvm.memslots import gfn_to_memslot, gpa_to_hpa
 from mmufuzz.kvm.role import ACC_USER_MASK, ACC_WRITE_MASK
-from mmufuzz.kvm.root import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
+from mmufuzz.kvm.root import kvm_mmu_reset_context, kvm_set_cr0, kvm_set_cr3, kvm_set_cr4
 from mmufuzz.kvm.structs import INVALID_GPA, Vcpu
 from mmufuzz.kvm.track import kvm_mmu_track_write
 from mmufuzz.kvm.walker import gva_to_gpa, vcpu_match_mmio_gva
 from mmufuzz.x86.paging import ACCESS_FETCH, ACCESS_USER, ACCESS_WRITE, permitted
-from mmufuzz.x86.state import CR4_SMEP, EFER_SCE, VECTOR_GP, VECTOR_PF, Fault, Regs
+from mmufuzz.x86.state import (
+    CR0_PG,
+    CR4_SMEP,
+    EFER_LMA,
+    EFER_LME,
+    EFER_NX,
+    EFER_SCE,
+    VECTOR_GP,
+    VECTOR_PF,
+    Fault,
+)
 
 CACHE_LINE: Final = 64
+
+_EFER_VALID: Final = EFER_SCE | EFER_LME | EFER_LMA | EFER_NX
 
 
 def emulator_read_emulated(vcpu: Vcpu, gva: int, size: int) -> int:
@@ -263,11 +275,51 @@ def set_cr(vcpu: Vcpu, number: int, value: int) -> bool:
     return done
 
 
-def set_efer(regs: Regs, value: int) -> None:
-    """x86.c:set_efer, of which only EFER.SCE is modelled: what would change the MMU's role is #GP(0)."""
-    if (value ^ regs.efer) & ~EFER_SCE:
+def set_efer(vcpu: Vcpu, value: int) -> None:
+    """x86.c:set_efer: a change of NX or LME changes the MMU's role. #GP(0) for reserved bits, and LME under paging.
+
+    An L1 that lets L2 change its EFER is not modelled: #GP(0).
+    """
+    regs = vcpu.regs
+    changed = value ^ regs.efer
+    if vcpu.guest_mode or value & ~_EFER_VALID or (changed & EFER_LME and regs.cr0 & CR0_PG):
         raise Fault(VECTOR_GP, 0)
-    regs.efer = value
+    regs.efer = value & ~EFER_LMA | regs.efer & EFER_LMA
+    if changed & (EFER_LME | EFER_NX):
+        vcpu.kvm.mark("efer.role")
+        kvm_mmu_reset_context(vcpu)
+
+
+def emulator_pio_in(vcpu: Vcpu, port: int, size: int, count: int) -> None:
+    """x86.c:emulator_pio_in, emulator_pio_in_out: no port is in the kernel, so userspace has to answer."""
+    _pio(vcpu, port, size, [0] * count, True)
+
+
+def emulator_pio_out(vcpu: Vcpu, port: int, size: int, value: int) -> None:
+    """x86.c:emulator_pio_out."""
+    _pio(vcpu, port, size, [value], False)
+
+
+def _pio(vcpu: Vcpu, port: int, size: int, data: list[int], is_in: bool) -> None:
+    pio = vcpu.pio
+    vcpu.kvm.warn_on(pio.count != 0, "emulator_pio_in_out", "a port access is under way")
+    pio.count = len(data)
+    pio.is_in = is_in
+    pio.port = port
+    pio.size = size
+    pio.data = data
+    pio.fast_length = 0
+    pio.exit_pending = True
+
+
+def emulator_pio_in_emulated(vcpu: Vcpu, port: int, size: int, count: int) -> list[int]:
+    """x86.c:emulator_pio_in_emulated: what userspace has read; raises IoNeeded until it has."""
+    pio = vcpu.pio
+    if not pio.count:
+        emulator_pio_in(vcpu, port, size, count)
+        raise IoNeeded
+    pio.count = 0
+    return pio.data
 
 
 def pages(gva: int, size: int, long_mode: bool) -> list[tuple[int, int]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from mmufuzz.kvm.emulate_ops import CmpxchgFailed, X86EmulateOps
 from mmufuzz.kvm.emulator_access import (
     emulator_cmpxchg_emulated,
+    emulator_pio_in_emulated,
+    emulator_pio_out,
     emulator_read_emulated,
     emulator_read_std,
     emulator_write_emulated,
@@ -23,9 +25,12 @@ from mmufuzz.x86.state import Regs
 class MsrBus(Bus):
     """What an MSR reaches beyond the registers."""
 
+    def __init__(self, vcpu: Vcpu) -> None:
+        self.vcpu = vcpu
+
     def write_efer(self, regs: Regs, value: int) -> None:
         """x86.c:set_efer."""
-        set_efer(regs, value)
+        set_efer(self.vcpu, value)
 
 
 class EmulatorOps(X86EmulateOps):
@@ -33,7 +38,7 @@ class EmulatorOps(X86EmulateOps):
 
     def __init__(self, vcpu: Vcpu) -> None:
         self.vcpu = vcpu
-        self.msrs = MsrBus()
+        self.msrs = MsrBus(vcpu)
 
     def fetch(self, gva: int, size: int) -> bytes:
         """x86.c:kvm_fetch_guest_virt."""
@@ -91,12 +96,13 @@ class EmulatorOps(X86EmulateOps):
         self.vcpu.userspace_exits.append("hlt")
         self.vcpu.halt_request = True
 
-    def pio_in(self, port: int, size: int) -> int:
-        """Nothing answers: the bus floats high."""
-        return self.msrs.port_in(self.vcpu.regs, port, size)
+    def pio_in(self, port: int, size: int, count: int) -> list[int]:
+        """x86.c:emulator_pio_in_emulated."""
+        return emulator_pio_in_emulated(self.vcpu, port, size, count)
 
     def pio_out(self, port: int, size: int, value: int) -> None:
-        """Nothing listens."""
+        """x86.c:emulator_pio_out_emulated."""
+        emulator_pio_out(self.vcpu, port, size, value)
 
     def bug(self, site: str, text: str) -> None:
         """An oops of the host."""

@@ -7,6 +7,7 @@ from typing import Final
 from mypy_extensions import mypyc_attr
 
 from mmufuzz.kvm.structs import QueuedException
+from mmufuzz.x86.insn import Insn
 
 EXIT_INTERRUPT: Final = "external-interrupt"
 EXIT_PF: Final = "page-fault"
@@ -16,6 +17,10 @@ EXIT_CR: Final = "cr-access"
 EXIT_INVLPG: Final = "invlpg"
 EXIT_INVPCID: Final = "invpcid"
 EXIT_HLT: Final = "hlt"
+EXIT_CPUID: Final = "cpuid"
+EXIT_RDMSR: Final = "rdmsr"
+EXIT_WRMSR: Final = "wrmsr"
+EXIT_IO: Final = "io"
 EXIT_TASK_SWITCH: Final = "task-switch"
 EXIT_TRIPLE_FAULT: Final = "triple-fault"
 EXIT_DONE: Final = "program-end"
@@ -32,6 +37,8 @@ class VmExit:
         """Bytes of the instruction that exited, where it completes by being skipped."""
         self.event: QueuedException | None = None
         """IDT-vectoring information: the event whose delivery exited."""
+        self.insn: Insn | None = None
+        """The instruction, where what KVM does depends on its operands."""
 
 
 @mypyc_attr(native_class=False)

@@ -29,6 +29,7 @@ from mmufuzz.kvm.exits import (
     VmExit,
 )
 from mmufuzz.kvm.guest_events import deliver, deliver_event, has_idt, inject_event, settle_rip, software_event
+from mmufuzz.kvm.intercepts import INTERCEPTED, intercept
 from mmufuzz.kvm.role import role_level
 from mmufuzz.kvm.structs import QueuedException, Vcpu
 from mmufuzz.x86.breakpoints import DR7_ENABLED, code_breakpoint
@@ -222,8 +223,8 @@ class GuestBus(Bus):
             self.system = False
 
     def write_efer(self, regs: Regs, value: int) -> None:
-        """WRMSR exits; see ``set_efer``."""
-        set_efer(regs, value)
+        """WRMSR exits before, but that of an L2 guest; see ``set_efer``."""
+        set_efer(self.vcpu, value)
 
     def fence(self, regs: Regs) -> None:
         """MFENCE; a serialising instruction that exits drains by the exit."""
@@ -288,11 +289,15 @@ def run_guest(vcpu: Vcpu, bus: GuestBus) -> VmExit:
             insn = fetch_insn(vcpu, bus)
             if insn is None:
                 return VmExit(EXIT_PF, bus.fetch_gva, bus.mmu.error_code)
+            if INTERCEPTED[insn.operation]:
+                intercepted = intercept(vcpu, bus, insn)
+                if intercepted is not None:
+                    return intercepted
             execute(regs, insn, bus)
-        except Intercepted as intercepted:
+        except Intercepted as exited:
             assert insn is not None
-            intercepted.vmexit.length = insn.length
-            return intercepted.vmexit
+            exited.vmexit.length = insn.length
+            return exited.vmexit
         except Fault as fault:
             faulted = on_fault(vcpu, bus, insn, fault)
             if faulted is not None:

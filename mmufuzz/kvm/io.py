@@ -1,4 +1,4 @@
-"""MMIO on its way to userspace and back (kvm_host.h:struct kvm_mmio_fragment, kvm_vcpu; kvm.h:struct kvm_run)."""
+"""MMIO and ports on their way to userspace and back (kvm_host.h:kvm_mmio_fragment, kvm_pio_request; kvm.h:kvm_run)."""
 
 from __future__ import annotations
 
@@ -61,21 +61,56 @@ class Mmio:
         return state
 
 
-class Device:
-    """The modelled userspace's answer to MMIO: registers that keep what is written to them, zero at first."""
+class Pio:
+    """struct kvm_pio_request: the access to a port under way.
+
+    ``data`` are the ``count`` elements that are written, or were read; once they are taken ``count`` is 0.
+    """
 
     def __init__(self) -> None:
-        self.contents: dict[int, int] = {}
-        """Bytes by guest physical address."""
+        self.count = 0
+        self.is_in = False
+        self.port = 0
+        self.size = 0
+        self.data: list[int] = []
+        self.fast_length = 0
+        """Bytes of the instruction if it exited by itself (kvm_fast_pio), 0 if the emulator runs it."""
+        self.linear_rip = 0
+        self.exit_pending = False
+        """complete_userspace_io is set: userspace has to answer first."""
 
-    def read(self, gpa: int, size: int) -> int:
+    def state(self) -> list[int]:
+        """Everything as numbers: equal lists mean equal states."""
+        state = [self.count, self.is_in, self.port, self.size, self.fast_length, self.linear_rip, self.exit_pending]
+        return state + self.data
+
+
+class Device:
+    """The modelled userspace's answer to MMIO or ports: registers that keep what is written to them.
+
+    ``fill``: a byte that was never written.
+    """
+
+    def __init__(self, fill: int) -> None:
+        self.fill = fill
+        self.contents: dict[int, int] = {}
+        """Bytes by guest physical address, or by port."""
+
+    def read(self, address: int, size: int) -> int:
         """``size`` bytes, little endian."""
         value = 0
         for place in range(size):
-            value |= self.contents.get(gpa + place, 0) << 8 * place
+            value |= self.contents.get(address + place, self.fill) << 8 * place
         return value
 
-    def write(self, gpa: int, size: int, value: int) -> None:
+    def write(self, address: int, size: int, value: int) -> None:
         """``size`` bytes, little endian."""
         for place in range(size):
-            self.contents[gpa + place] = value >> 8 * place & 0xFF
+            self.contents[address + place] = value >> 8 * place & 0xFF
+
+    def state(self) -> list[int]:
+        """Everything as numbers."""
+        state = [len(self.contents)]
+        for address in sorted(self.contents):
+            state += [address, self.contents[address]]
+        return state

@@ -10,6 +10,7 @@ from typing import Final
 MARKS: Final = (
     "account_shadowed.first",
     "account_shadowed.flush",
+    "efer.role",
     "emulate",
     "emulate.cmpxchg",
     "emulate.cmpxchg_failed",
@@ -26,6 +27,7 @@ MARKS: Final = (
     "entry.cancelled",
     "exception.double_fault",
     "exit_userspace.internal_error",
+    "exit_userspace.io",
     "exit_userspace.mmio",
     "exit_userspace.shutdown",
     "faultin.noslot",

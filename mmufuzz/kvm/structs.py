@@ -17,7 +17,7 @@ from mmufuzz.host.sites import MMU_LOCK, MMU_UNLOCK, SLOTS_LOCK, SLOTS_UNLOCK
 from mmufuzz.host.thread import Thread
 from mmufuzz.kvm.counters import DIRECT, INDIRECT, NESTED, PAGE_BLOCK, RETRY_BLOCK, Counters
 from mmufuzz.kvm.emulate_ctxt import X86EmulateCtxt
-from mmufuzz.kvm.io import Device, Mmio
+from mmufuzz.kvm.io import Device, Mmio, Pio
 from mmufuzz.kvm.observer import Observer
 from mmufuzz.kvm.role import ROLE_DIRECT, ROLE_PASSTHROUGH, role_level
 from mmufuzz.kvm.switches import Fixes
@@ -151,6 +151,7 @@ class Vcpu:
         """vcpu->arch.interrupt: an INT n whose delivery has begun, and exited."""
         self.emulate_ctxt = X86EmulateCtxt(self.regs, kvm.fixes)
         self.mmio = Mmio()
+        self.pio = Pio()
         self.halt_request = False
         self.instruction_done = False
         """The emulator completed the instruction of this exit."""
@@ -212,7 +213,8 @@ class Kvm:
         self.marks: dict[str, int] = {}
         self.counters = Counters()
         self.exits: dict[str, int] = {}
-        self.device = Device()
+        self.device = Device(0)
+        self.ports = Device(0xFF)
         self.slots: list[MemSlot] = []
         self.vcpus: list[Vcpu] = []
         # The ranks follow Documentation/virt/kvm/locking.rst: slots_lock outside, mmu_lock innermost.

@@ -15,6 +15,7 @@ from mmufuzz.kvm.exits import (
     EXIT_HLT,
     EXIT_INVLPG,
     EXIT_INVPCID,
+    EXIT_IO,
     EXIT_PF,
     EXIT_TASK_SWITCH,
     EXIT_TRIPLE_FAULT,
@@ -24,6 +25,7 @@ from mmufuzz.kvm.exits import (
 from mmufuzz.kvm.fault import EMULATE, EMULTYPE_SKIP, RESUME, kvm_ack_ipi_if_sent, kvm_mmu_page_fault
 from mmufuzz.kvm.guest import GuestBus, run_guest
 from mmufuzz.kvm.guest_events import deliver, has_idt, next_step, settle_rip
+from mmufuzz.kvm.intercepts import answer_pio, carry_out, complete_fast_pio, kvm_fast_pio
 from mmufuzz.kvm.requests import (
     REQ_MMU_FREE_OBSOLETE_ROOTS,
     REQ_MMU_SYNC,
@@ -47,12 +49,14 @@ from mmufuzz.kvm.x86 import (
     EXIT_TO_USERSPACE,
     RESUME_GUEST,
     complete_emulated_mmio,
+    complete_emulated_pio,
     handle_ud,
     x86_emulate_instruction,
 )
 from mmufuzz.kvm.zap import gsps_at, kvm_mmu_zap_all_fast
+from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.paging import INVPCID_ADDRESS
-from mmufuzz.x86.state import DR6_BS, FLAG_TF, NO_ERROR_CODE, VECTOR_BP, VECTOR_DB, VECTOR_GP, VECTOR_OF
+from mmufuzz.x86.state import DR6_BS, FLAG_TF, NO_ERROR_CODE, VECTOR_BP, VECTOR_DB, VECTOR_GP, VECTOR_OF, Fault
 
 
 class HostBody(Body):
@@ -110,6 +114,11 @@ def kvm_arch_vcpu_ioctl_run(vcpu: Vcpu, bus: GuestBus) -> int:
     """x86.c:kvm_arch_vcpu_ioctl_run, vcpu_run: complete what userspace has answered, or enter the guest once."""
     if vcpu.mmio.exit_pending:
         return finish_emulation(vcpu, complete_emulated_mmio(vcpu))
+    pio = vcpu.pio
+    if pio.exit_pending:
+        if not pio.fast_length:
+            return finish_emulation(vcpu, complete_emulated_pio(vcpu))
+        return kvm_skip_emulated_instruction(vcpu, pio.fast_length) if complete_fast_pio(vcpu) else RESUME_GUEST
     return vcpu_enter_guest(vcpu, bus)
 
 
@@ -118,6 +127,8 @@ def userspace(vcpu: Vcpu) -> None:
     vcpu.progress += 1
     if vcpu.mmio.exit_pending:
         answer_mmio(vcpu)
+    elif vcpu.pio.exit_pending:
+        answer_pio(vcpu)
     if vcpu.skip_step:
         vcpu.skip_step = False
         next_step(vcpu)
@@ -273,6 +284,8 @@ def handle_exit(vcpu: Vcpu, vmexit: VmExit) -> int:
         vcpu.userspace_exits.append("hlt")
         kvm_skip_emulated_instruction(vcpu, vmexit.length)
         return EXIT_TO_USERSPACE
+    elif vmexit.insn is not None:
+        return handle_intercepted(vcpu, vmexit, vmexit.insn)
     elif reason == EXIT_TRIPLE_FAULT:
         return exit_shutdown(vcpu)
     elif reason == EXIT_TASK_SWITCH:
@@ -285,9 +298,25 @@ def handle_exit(vcpu: Vcpu, vmexit: VmExit) -> int:
     return RESUME_GUEST
 
 
+def handle_intercepted(vcpu: Vcpu, vmexit: VmExit, insn: Insn) -> int:
+    """vmx.c:handle_io, x86.c:kvm_emulate_cpuid, kvm_emulate_rdmsr, kvm_emulate_wrmsr."""
+    if vmexit.reason == EXIT_IO:
+        if insn.mnemonic in ("ins", "outs"):
+            return finish_emulation(vcpu, x86_emulate_instruction(vcpu, 0, 0))
+        vcpu.kvm.mark("exit_userspace.io")
+        kvm_fast_pio(vcpu, insn, vmexit.length)
+        return EXIT_TO_USERSPACE
+    try:
+        carry_out(vcpu, insn)
+    except Fault as fault:
+        kvm_queue_exception(vcpu, fault.vector, fault.error_code)
+        return RESUME_GUEST
+    return kvm_skip_emulated_instruction(vcpu, vmexit.length)
+
+
 def finish_emulation(vcpu: Vcpu, result: int) -> int:
     """An instruction that the emulator completed may end its step, once userspace has answered."""
-    if vcpu.instruction_done and not vcpu.mmio.exit_pending:
+    if vcpu.instruction_done and not vcpu.mmio.exit_pending and not vcpu.pio.exit_pending:
         vcpu.instruction_done = False
         settle_rip(vcpu)
     return result

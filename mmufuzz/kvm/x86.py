@@ -66,6 +66,10 @@ def handle_ud(vcpu: Vcpu) -> int:
 def x86_emulate_instruction(vcpu: Vcpu, gva: int, emultype: int) -> int:
     """x86.c:x86_emulate_instruction: RESUME_GUEST or EXIT_TO_USERSPACE. ``gva`` is CR2 of the #PF, if one led here."""
     kvm = vcpu.kvm
+    if emultype & EMULTYPE_ALLOW_RETRY_PF:
+        wrong = vcpu.guest_mode or not emultype & EMULTYPE_PF
+        if kvm.warn_on(wrong, "x86_emulate_instruction", "a retry that is not for a #PF of L1"):
+            emultype &= ~EMULTYPE_ALLOW_RETRY_PF
     if not emultype & EMULTYPE_NO_DECODE:
         kvm.mark("emulate")
         kvm_clear_exception_queue(vcpu)
@@ -102,7 +106,7 @@ def x86_emulate_instruction(vcpu: Vcpu, gva: int, emultype: int) -> int:
         result = x86_emulate_insn(ctxt)
         if result == EMULATION_FAILED:
             return _on_execution_failure(vcpu, gva, emultype)
-        if result != EMULATION_RESTART or ctxt.have_exception or vcpu.mmio.needed:
+        if result != EMULATION_RESTART or ctxt.have_exception or vcpu.mmio.needed or vcpu.pio.count:
             return _after_emulation(vcpu)
 
 
@@ -151,6 +155,12 @@ def _after_emulation(vcpu: Vcpu) -> int:
         mmio.needed = False
         kvm.mark("emulate.fault")
         inject_emulated_exception(vcpu, ctxt.exception)
+    elif vcpu.pio.count:
+        kvm.mark("exit_userspace.io")
+        result = EXIT_TO_USERSPACE
+        if vcpu.pio.is_in:
+            return result
+        vcpu.pio.count = 0
     elif mmio.needed:
         kvm.mark("exit_userspace.mmio")
         mmio.exit_pending = True
@@ -185,6 +195,14 @@ def inject_emulated_exception(vcpu: Vcpu, fault: Fault) -> None:
         kvm_inject_emulated_page_fault(vcpu, fault.address, fault.error_code)
     else:
         kvm_queue_exception(vcpu, fault.vector, fault.error_code, fault.address)
+
+
+def complete_emulated_pio(vcpu: Vcpu) -> int:
+    """x86.c:complete_emulated_pio: userspace has answered an access to a port. After OUT nothing is left to do."""
+    vcpu.pio.exit_pending = False
+    if not vcpu.pio.count:
+        return RESUME_GUEST
+    return x86_emulate_instruction(vcpu, 0, EMULTYPE_NO_DECODE)
 
 
 def complete_emulated_mmio(vcpu: Vcpu) -> int:

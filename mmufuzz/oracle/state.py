@@ -79,9 +79,8 @@ class MachineState:
         for vcpu in kvm.vcpus:
             self._add_registers(state, vcpu)
             _add_vcpu(state, vcpu, names)
-        for address in sorted(kvm.device.contents):
-            state.append(address)
-            state.append(kvm.device.contents[address])
+        state += kvm.device.state()
+        state += kvm.ports.state()
         for thread in kvm.host.threads:
             _add_thread(state, kvm, thread, names)
         return tuple(state)
@@ -136,6 +135,7 @@ def _add_vcpu(state: list[int], vcpu: Vcpu, names: Names) -> None:
         state += [exception.vector, exception.error_code, exception.payload, vcpu.exception_injected]
     state.append(-1 if vcpu.interrupt is None else vcpu.interrupt.vector)
     state += vcpu.mmio.state()
+    state += vcpu.pio.state()
     mmu = vcpu.mmu
     state.append(names.frame(mmu.root_pfn))
     state.append(mmu.cpu_role)

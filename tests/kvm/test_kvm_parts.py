@@ -9,7 +9,7 @@ from machines import DATA, L1, L2, ROOT, Machine, Misuse, gva, long4, machine, n
 
 from mmufuzz.host.thread import Body
 from mmufuzz.kvm.emulator_access import emulator_cmpxchg_emulated
-from mmufuzz.kvm.fault import kvm_mmu_page_fault
+from mmufuzz.kvm.fault import EMULTYPE_ALLOW_RETRY_PF, kvm_mmu_page_fault
 from mmufuzz.kvm.fetch import RET_PF_RETRY, PageFault, fetch
 from mmufuzz.kvm.memslots import gfn_to_memslot, gfn_to_pfn, gpa_to_hpa, pfn_to_gfn
 from mmufuzz.kvm.observer import Observer
@@ -44,6 +44,7 @@ from mmufuzz.kvm.spte import (
 from mmufuzz.kvm.structs import INVALID_PFN
 from mmufuzz.kvm.walker import GuestWalker, walk_addr
 from mmufuzz.kvm.write_track import update_gfn_write_track
+from mmufuzz.kvm.x86 import x86_emulate_instruction
 from mmufuzz.kvm.zap import kvm_mmu_commit_zap_page
 
 QUICK = settings(derandomize=True, deadline=None, max_examples=100)
@@ -275,3 +276,11 @@ def test_a_locked_write_of_more_than_eight_bytes_is_a_plain_write() -> None:
         assert (m.word(DATA), m.word(DATA, 1)) == (4, 5)
 
     assert after(probe).passed("emulate.cmpxchg") == 0
+
+
+def test_a_retry_is_for_page_faults_only() -> None:
+    def probe(m: Machine) -> None:
+        x86_emulate_instruction(m.vcpu(), 0, EMULTYPE_ALLOW_RETRY_PF)
+
+    m = after(probe)
+    assert m.log.warnings == ["x86_emulate_instruction: a retry that is not for a #PF of L1"]
