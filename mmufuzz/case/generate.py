@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from mmufuzz.case.generate_exits import exits_scene
 from mmufuzz.case.generate_insn import PLAIN, RMW, UNEMULATED, VECTOR
 from mmufuzz.case.generate_vm import DEFAULT, MMIO, PML4_SPAN, GenerateOptions, Machine, Machines
 from mmufuzz.case.model import Case
@@ -25,6 +26,7 @@ MMIO_ACCESS: Final = "mmio"  # an access outside every slot that KVM may be unab
 FOREIGN_TABLE: Final = "foreign-table"  # FLAT32 stores, not to be emulated, into another vCPU's table
 WRITE_TRACK: Final = "write-track"  # stores to a frame that an external user tracks
 FREE: Final = "free"
+EXITS: Final = "exits"  # MMIO, ports, breakpoints, exceptions: what exits, and how KVM completes it
 
 SHAPES: Final = (
     (ROOT_RACE, 18),
@@ -33,7 +35,8 @@ SHAPES: Final = (
     (MMIO_ACCESS, 7),
     (FOREIGN_TABLE, 12),
     (WRITE_TRACK, 8),
-    (FREE, 25),
+    (FREE, 15),
+    (EXITS, 10),
 )
 """Shapes and how many of a hundred Cases have them."""
 
@@ -70,6 +73,8 @@ def generate_shape(rng: Rng, shape: str, options: GenerateOptions = DEFAULT) -> 
         _foreign_table(vm)
     elif shape == WRITE_TRACK:
         _write_track(vm)
+    elif shape == EXITS:
+        exits_scene(vm)
     else:
         _free(vm)
     if shape != FREE and vm.percent(20):

@@ -107,6 +107,7 @@ class Machines:
         self.slots = [Slot(0, FRAMES)]
         self.data_gfns = list(DATA)
         self.tracked: list[int] = []
+        self.decode_to_skip = False
         self.fep = options.fep and rng.chance(3, 4)
         self.nested = options.nested and rng.chance(nested, 100)
         if rng.chance(1, 8):
@@ -326,7 +327,7 @@ class Machines:
             revert=options.revert,
             apply=options.apply,
             memory_model=memory_model,
-            options=Options(self.fep, pages, tuple(self.tracked), options.event_limit),
+            options=Options(self.fep, pages, tuple(self.tracked), options.event_limit, self.decode_to_skip),
             slots=tuple(self.slots),
             memory=self.tables.memory(),
             vcpus=tuple([machine.vcpu() for machine in self.vcpus]),

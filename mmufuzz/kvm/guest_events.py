@@ -61,29 +61,36 @@ def deliver(vcpu: Vcpu, exception: QueuedException) -> None:
 
     After a single step, which reports an instruction that has retired, it goes on where it is.
     """
-    _take(vcpu, exception)
+    _raise(vcpu, exception)
+    _log(vcpu, exception, vcpu.regs.rip)
     if exception.vector == VECTOR_DB and exception.payload & DR6_BS:
         return
     vcpu.progress += 1
     next_step(vcpu)
 
 
-def _take(vcpu: Vcpu, exception: QueuedException) -> None:
-    """Log the exception; CR2, DR6 and the oracles get to know it."""
+def _raise(vcpu: Vcpu, exception: QueuedException) -> None:
+    """CR2, DR6 and the oracles get to know it."""
     vector = exception.vector
-    address = 0
     if vector == VECTOR_PF:
-        address = exception.payload
         if vcpu.guest_mode:
             vector = SVM_EXIT_NPF  # the nested page fault goes to L1, which resumes L2 behind the instruction
         else:
-            vcpu.regs.cr2 = address
-        vcpu.kvm.observer.guest_fault(vcpu.index, address, exception.error_code)
+            vcpu.regs.cr2 = exception.payload
+        vcpu.kvm.observer.guest_fault(vcpu.index, exception.payload, exception.error_code)
     elif vector == VECTOR_DB:
         deliver_debug_payload(vcpu.regs, exception.payload)
     vcpu.kvm.observer.guest_exception(vcpu.index, exception.vector)
     vcpu.kvm.host.note("guest exception {0} error {1:#x}", vector, exception.error_code)
-    vcpu.exceptions.append((vector, exception.error_code, address, vcpu.regs.rip))
+
+
+def _log(vcpu: Vcpu, exception: QueuedException, rip: int) -> None:
+    """It has arrived, raised at ``rip``."""
+    vector = exception.vector
+    if vector == VECTOR_PF and vcpu.guest_mode:
+        vector = SVM_EXIT_NPF
+    address = exception.payload if exception.vector == VECTOR_PF else 0
+    vcpu.exceptions.append((vector, exception.error_code, address, rip))
 
 
 def inject_event(vcpu: Vcpu, bus: Bus) -> VmExit | None:
@@ -110,11 +117,11 @@ def deliver_event(vcpu: Vcpu, bus: Bus, exception: QueuedException, again: bool)
     regs = vcpu.regs
     while True:
         if not again:
-            _take(vcpu, exception)
-            vcpu.progress += 1
-        following = regs.rip + exception.soft_length
+            _raise(vcpu, exception)
+        rip = regs.rip
         try:
-            deliver_by_idt(regs, bus, exception.vector, exception.error_code, following, exception.soft_length != 0)
+            software = exception.soft_length != 0
+            deliver_by_idt(regs, bus, exception.vector, exception.error_code, rip + exception.soft_length, software)
         except Unsupported:
             return VmExit(EXIT_TASK_SWITCH)
         except Fault as fault:
@@ -129,6 +136,9 @@ def deliver_event(vcpu: Vcpu, bus: Bus, exception: QueuedException, again: bool)
             again = False
             continue
         vcpu.kvm.mark("guest.idt")
+        if not software:
+            _log(vcpu, exception, rip)
+        vcpu.progress += 1
         return None
 
 

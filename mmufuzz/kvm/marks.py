@@ -25,6 +25,7 @@ MARKS: Final = (
     "emulate.reexecuted",
     "emulate.retried",
     "entry.cancelled",
+    "event.delivery_exited",
     "exception.double_fault",
     "exit_userspace.internal_error",
     "exit_userspace.io",

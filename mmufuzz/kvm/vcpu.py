@@ -195,6 +195,7 @@ def vcpu_enter_guest(vcpu: Vcpu, bus: GuestBus) -> int:
 
 def vmx_complete_interrupts(vcpu: Vcpu, event: QueuedException) -> None:
     """vmx.c:__vmx_complete_interrupts: the event whose delivery exited is delivered again at the next entry."""
+    vcpu.kvm.mark("event.delivery_exited")
     if event.soft_length and event.vector not in (VECTOR_BP, VECTOR_OF):
         vcpu.interrupt = event
     else:

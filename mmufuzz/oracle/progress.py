@@ -20,6 +20,7 @@ CONFIRMATIONS: Final = 4
 
 _TELLING: Final = (
     "emulate.",
+    "event.",
     "unprotect.",
     "retry_guard.",
     "faultin.",
