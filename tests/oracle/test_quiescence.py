@@ -22,6 +22,7 @@ from oracle_vms import (
     entry,
     flat32,
     forced_store32,
+    load,
     long4,
     ran,
     store,
@@ -31,7 +32,7 @@ from oracle_vms import (
 from mmufuzz.case.model import SC, TSO, Case, Slot, Word
 from mmufuzz.host.deviation import HOLD, RUN, Deviation
 from mmufuzz.host.sched import ENDED
-from mmufuzz.host.sites import COUNT_LOAD, EMUL_STORE, THREAD_YIELD, label
+from mmufuzz.host.sites import BOOT, COUNT_LOAD, EMUL_STORE, THREAD_YIELD, label
 from mmufuzz.kvm.role import ACC_WRITE_MASK, role_access, with_level_access
 from mmufuzz.kvm.spte import SPTE_MMU_WRITABLE, SPTE_U, SPTE_W
 from mmufuzz.run import run
@@ -164,6 +165,17 @@ def test_a_flush_between_an_emulated_store_and_its_tracking_is_told_apart_from_a
     outcome = run(case(writer, long4(b"\x90", RELOAD_CR3, b"\x90"), schedule=schedule))
     assert [(finding.kind, finding.fingerprint) for finding in outcome.findings] == [
         ("coherence", "hardware access through a stale translation: the emulated store is not tracked yet")
+    ]
+
+
+def test_a_store_that_the_emulator_never_tracks_is_told_apart() -> None:
+    """SGDT over the entry that the other vCPU has used."""
+    place = (PT << 12 | (DATA_GVA >> 12 & 511) << 3) - 2
+    sgdt = b"\x0f\x0bkvm\x0f\x01\x05" + place.to_bytes(4, "little")
+    schedule = (Deviation(RUN, BOOT, 1),)
+    outcome = run(case(flat32(sgdt), long4(load(DATA_GVA)), schedule=schedule))
+    assert [(finding.kind, finding.fingerprint) for finding in outcome.findings] == [
+        ("coherence", "stale SPTE after quiescence: the emulator does not track such a store")
     ]
 
 
