@@ -79,6 +79,8 @@ class Outcome:
         self.marks: dict[str, int] = {}
         self.registers: tuple[tuple[int, ...], ...] = ()
         """General-purpose registers at the end, by vCPU and encoding number."""
+        self.userspace: tuple[tuple[str, ...], ...] = ()
+        """Exits to userspace by vCPU, in order: "mmio write 0x100000 4 0x5" is gpa, bytes and value."""
         self.words: dict[int, int] = {}
         """Host physical memory at the end: address >> 3 to aligned 64-bit word, absent ones are zero."""
         self.events = 0

@@ -120,6 +120,7 @@ def _fill(outcome: Outcome, case: Case, host: Host, kvm: Kvm, oracles: Oracles) 
         kvm.counters.near(HALF_SPENT)
     outcome.reached = _Reached(kvm.counters, outcome)
     outcome.registers = tuple([tuple(vcpu.regs.gpr) for vcpu in kvm.vcpus])
+    outcome.userspace = tuple([tuple(vcpu.userspace_exits) for vcpu in kvm.vcpus])
     outcome.words = host.memory.words
     outcome.view = _guest_view(host, kvm)
 

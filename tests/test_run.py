@@ -117,3 +117,11 @@ def test_a_run_leaves_the_garbage_collector_as_it_was(enabled: bool) -> None:
         assert gc.isenabled() == enabled
     finally:
         gc.enable() if was_enabled else gc.disable()
+
+
+def test_an_outcome_says_what_userspace_was_asked_to_do() -> None:
+    code = assemble("mov [eax], ecx", False)
+    store = Vcpu(FLAT32, code_gva=0x1000, code_gfn=1, regs=((0, 0x40000), (1, 5)), program=(code,))
+    outcome = run(Case(slots=(Slot(0, 32),), vcpus=(store,)))
+    assert outcome.userspace == (("mmio write 0x40000 4 0x5",),)
+    assert "exit to userspace: mmio write 0x40000 4 0x5" in outcome.notes

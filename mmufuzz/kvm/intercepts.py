@@ -123,4 +123,6 @@ def answer_pio(vcpu: Vcpu) -> None:
             kvm.ports.write(pio.port, pio.size, value)
     values = " ".join([f"{value:#x}" for value in pio.data])
     what = "in" if pio.is_in else "out"
-    vcpu.userspace_exits.append(f"io {what} {pio.port:#x} {pio.size} {values}")
+    line = f"io {what} {pio.port:#x} {pio.size} {values}"
+    kvm.host.note("exit to userspace: " + line)
+    vcpu.userspace_exits.append(line)

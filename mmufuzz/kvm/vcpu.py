@@ -145,7 +145,9 @@ def answer_mmio(vcpu: Vcpu) -> None:
         kvm.host.point(EMUL_LOAD)
         mmio.run_data = kvm.device.read(mmio.run_gpa, mmio.run_length)
     what = "write" if mmio.is_write else "read"
-    vcpu.userspace_exits.append(f"mmio {what} {mmio.run_gpa:#x} {mmio.run_length} {mmio.run_data:#x}")
+    line = f"mmio {what} {mmio.run_gpa:#x} {mmio.run_length} {mmio.run_data:#x}"
+    kvm.host.note("exit to userspace: " + line)
+    vcpu.userspace_exits.append(line)
 
 
 def vcpu_enter_guest(vcpu: Vcpu, bus: GuestBus) -> int:
