@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,13 @@ from mmufuzz.case.model import Case
 
 @dataclass
 class Unit:
-    """A Case in bytes form, and what its run reached: counters, each with its class of hits."""
+    """A Case in bytes form, and what its run reached: counters, each with its class of hits.
+
+    Thousands are looked at together, so ``reaches`` has 4 bytes each, in order.
+    """
 
     data: bytes
-    reaches: frozenset[int]
+    reaches: array[int]
 
     @property
     def name(self) -> str:
@@ -32,7 +36,7 @@ class Unit:
 def unit_of(case: Case) -> Unit:
     """``case``, run once."""
     counters = safe_run(case).counters
-    return Unit(case_bytes.encode(case), frozenset(index << 8 | bucket(count) for index, count in counters.items()))
+    return Unit(case_bytes.encode(case), array("I", sorted(index << 8 | bucket(count) for index, count in counters.items())))
 
 
 def minimal(units: list[Unit]) -> list[Unit]:
