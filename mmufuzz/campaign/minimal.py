@@ -35,8 +35,8 @@ class Unit:
 
 def unit_of(case: Case) -> Unit:
     """``case``, run once."""
-    counters = safe_run(case).counters
-    return Unit(case_bytes.encode(case), array("I", sorted(index << 8 | bucket(count) for index, count in counters.items())))
+    reaches = sorted(index << 8 | bucket(count) for index, count in safe_run(case).counters.items())
+    return Unit(case_bytes.encode(case), array("I", reaches))
 
 
 def minimal(units: list[Unit]) -> list[Unit]:
