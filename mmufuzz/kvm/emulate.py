@@ -226,9 +226,8 @@ def writeback(ctxt: X86EmulateCtxt, operand: Operand) -> None:
 
 
 def writeback_registers(ctxt: X86EmulateCtxt) -> None:
-    """emulate.c:writeback_registers: the cache goes to the vCPU."""
+    """emulate.c:writeback_registers: the vCPU gets the cache, which has to be filled anew before it is used again."""
     ctxt.regs.gpr = ctxt.gpr
-    ctxt.gpr = ctxt.gpr[:]
 
 
 def emulator_invalidate_register_cache(ctxt: X86EmulateCtxt) -> None:
@@ -263,6 +262,7 @@ def _next_element(ctxt: X86EmulateCtxt, repeated: bool) -> bool:
         ctxt.mem_read.clear()
         ctxt.mem_read_bytes = 0
         writeback_registers(ctxt)
+        ctxt.gpr = ctxt.gpr[:]
     return again
 
 

@@ -49,6 +49,7 @@ RDI: Final = 7
 MASK32: Final = 0xFFFF_FFFF
 MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
 READ_CACHE_SIZE: Final = 1024
+_NO_FAULT: Final = Fault(0)
 _CR4_LA57: Final = 1 << 12
 _LOW_HALF_END: Final = 1 << 47
 
@@ -120,7 +121,7 @@ class X86EmulateCtxt:
         self.io_read_used = False
         self.perm_ok = False
         self.have_exception = False
-        self.exception = Fault(0)
+        self.exception = _NO_FAULT
         self.cmpxchg_failed = False
         """X86EMUL_CMPXCHG_FAILED ended the instruction."""
         self.io_needed = False

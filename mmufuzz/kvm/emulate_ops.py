@@ -27,7 +27,6 @@ class CmpxchgFailed(Exception):
     """X86EMUL_CMPXCHG_FAILED: somebody else changed the operand; the guest executes the instruction again."""
 
 
-@mypyc_attr(allow_interpreted_subclasses=True)
 class X86EmulateOps:
     """Addresses are linear and checked; values are unsigned, little endian. Any operation may raise ``Fault``,
     ``EmulationFailed`` or ``IoNeeded``. ``system`` accesses are a supervisor's whatever CPL is.

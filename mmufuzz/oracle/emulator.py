@@ -9,6 +9,7 @@ from mmufuzz.kvm.opcode_table import NAMES, STRING, UNUSUAL
 from mmufuzz.kvm.structs import Kvm
 from mmufuzz.oracle.emulator_compare import Comparison, replay
 from mmufuzz.oracle.emulator_deviations import explain
+from mmufuzz.oracle.emulator_replay import Replay
 from mmufuzz.oracle.sink import Sink
 from mmufuzz.x86.state import Regs
 
@@ -35,28 +36,27 @@ def changes_general_registers_only(ctxt: X86EmulateCtxt) -> bool:
     return ctxt.d & (UNUSUAL & ~STRING) == 0 and _GENERAL[ctxt.insn.entry.operation]
 
 
-class Emulator:
-    """Remembers, for each vCPU, the registers before the instruction that its emulator is at."""
+_SCRATCH: Final = Regs()
+"""Takes the expected state of instructions on general registers; it is filled before each use."""
 
-    def __init__(self, kvm: Kvm, sink: Sink) -> None:
-        self.kvm = kvm
-        self.sink = sink
-        self.before: list[Regs] = [Regs() for _ in kvm.vcpus]
-        self.general: list[bool] = [False] * len(kvm.vcpus)
 
-    def begins(self, index: int) -> None:
-        """``Observer.emulation_begins``."""
-        vcpu = self.kvm.vcpus[index]
-        regs = vcpu.regs
-        general = changes_general_registers_only(vcpu.emulate_ctxt)
-        self.general[index] = general
-        if not general:
-            self.before[index] = regs.copy()
-            return
-        before = self.before[index]
-        before.gpr = regs.gpr[:]
-        before.rip = regs.rip
-        before.rflags = regs.rflags
+class Before:
+    """What a vCPU had before the instruction that its emulator is at; ``regs`` unless it is on general registers."""
+
+    def __init__(self) -> None:
+        self.gpr: list[int] = []
+        self.rip = 0
+        self.rflags = 0
+        self.regs: Regs | None = None
+
+    def restore(self, regs: Regs) -> Regs:
+        """The registers then; ``regs`` are those of the vCPU, which has the rest unchanged."""
+        if self.regs is not None:
+            return self.regs
+        before = _SCRATCH
+        before.gpr = self.gpr
+        before.rip = self.rip
+        before.rflags = self.rflags
         before.cr0 = regs.cr0
         before.cr4 = regs.cr4
         before.efer = regs.efer
@@ -66,6 +66,30 @@ class Emulator:
         before.code16 = regs.code16
         before.stack16 = regs.stack16
         before.flat = regs.flat
+        return before
+
+
+class Emulator:
+    """Compares, instruction by instruction."""
+
+    def __init__(self, kvm: Kvm, sink: Sink) -> None:
+        self.kvm = kvm
+        self.sink = sink
+        self.before: list[Before] = [Before() for _ in kvm.vcpus]
+        self.bus = Replay()
+
+    def begins(self, index: int) -> None:
+        """``Observer.emulation_begins``."""
+        vcpu = self.kvm.vcpus[index]
+        regs = vcpu.regs
+        before = self.before[index]
+        if changes_general_registers_only(vcpu.emulate_ctxt):
+            before.gpr = regs.gpr[:]
+            before.rip = regs.rip
+            before.rflags = regs.rflags
+            before.regs = None
+        else:
+            before.regs = regs.copy()
 
     def ends(self, index: int) -> None:
         """``Observer.emulation_ends``: replays the instruction. What waits for userspace, or failed, is not judged."""
@@ -73,10 +97,11 @@ class Emulator:
         ctxt = vcpu.emulate_ctxt
         if ctxt.cmpxchg_failed or ctxt.io_needed:
             return
-        made = Comparison(ctxt.insn, self.before[index], vcpu.regs, self.general[index])
+        before = self.before[index]
+        made = Comparison(ctxt.insn, before.restore(vcpu.regs), vcpu.regs, before.regs is None)
         if ctxt.have_exception:
             made.fault = ctxt.exception
-        replay(made, ctxt.code, ctxt.accesses)
+        replay(made, ctxt.code, ctxt.accesses, self.bus)
         if made.unmodelled or not made.differences or explain(made):
             return
         what = f"{ctxt.insn.entry.mnemonic}: {', '.join(made.differences)}"

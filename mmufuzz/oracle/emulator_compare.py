@@ -54,11 +54,19 @@ class Comparison:
         self.user = before.cpl == 3
         self.start = before.rip
         self.bits = 64 if before.long_mode else 16 if before.code16 else 32
-        self.straddles = False
-        """The emulator asked for an access whose first byte is canonical and whose last byte is not."""
+        self.accesses: list[Access] = []
         self.unmodelled = False
         """The executor lacks the instruction: there is nothing to compare with."""
         self.differences: list[str] = []
+
+    @property
+    def straddles(self) -> bool:
+        """The emulator asked for an access whose first byte is canonical and whose last byte is not."""
+        for access in self.accesses:
+            last = access.gva + access.size - 1
+            if access.gva < _LOW_HALF_END <= last or access.gva <= _MASK64 < last:
+                return self.mode64
+        return False
 
     @property
     def emulated_vector(self) -> int:
@@ -76,12 +84,13 @@ def hardware_decode(code: bytes, bits: int) -> Insn:
     return decode16(code) if bits == 16 else decode(code, bits == 64)
 
 
-def replay(made: Comparison, code: bytes, accesses: list[Access]) -> None:
+def replay(made: Comparison, code: bytes, accesses: list[Access], bus: Replay) -> None:
     """Execute ``code`` in ``made.before`` over the recorded accesses; sets ``expected`` and ``differences``.
 
     ``made.before`` becomes the expected state.
     """
-    bus = Replay(accesses, made.fault, made.after, made.mode64)
+    made.accesses = accesses
+    bus.begin(accesses, made.fault, made.after, made.mode64)
     regs = made.before
     repeated = made.decoded.rep != 0 and made.decoded.d & STRING != 0
     beyond = False
@@ -98,16 +107,7 @@ def replay(made: Comparison, code: bytes, accesses: list[Access]) -> None:
         # A repeated instruction that has left the emulator ends where its accesses do.
         beyond = not repeated
     made.expected = regs
-    made.straddles = made.mode64 and _straddles(accesses)
     _compare(made, bus, beyond)
-
-
-def _straddles(accesses: list[Access]) -> bool:
-    for access in accesses:
-        last = access.gva + access.size - 1
-        if access.gva < _LOW_HALF_END <= last or access.gva <= _MASK64 < last:
-            return True
-    return False
 
 
 def _compare(made: Comparison, bus: Replay, beyond: bool) -> None:

@@ -14,6 +14,8 @@ from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.state import PFERR_WRITE, VECTOR_GP, VECTOR_PF, Fault, Regs
 
 _PAGE: Final = ~0xFFF
+NO_REGS: Final = Regs()
+"""Stands where there are none yet; they cost more to make than to compare."""
 
 
 @mypyc_attr(native_class=False)
@@ -32,39 +34,63 @@ class Store:
         self.system = system
 
 
-class Replay(Bus):
-    """``accesses`` of an emulation that ended with ``fault``, or with none; ``after`` are the registers it left."""
+def _is_read(access: Access) -> bool:
+    return access.kind & ~SYSTEM == READ
 
-    def __init__(self, accesses: list[Access], fault: Fault | None, after: Regs, mode64: bool) -> None:
-        self.reads: list[Access] = []
-        self.writes: list[Access] = []
-        self.ports: list[int] = []
-        self.after = after
-        self.fault = fault
-        self.mask = 0xFFFFFFFFFFFFFFFF if mode64 else 0xFFFFFFFF
+
+def _is_write(access: Access) -> bool:
+    kind = access.kind & ~SYSTEM
+    return kind in (WRITE, CMPXCHG)
+
+
+class Replay(Bus):
+    """The bus of a replay; ``begin`` says of which one."""
+
+    def __init__(self) -> None:
+        self.accesses: list[Access] = []
+        self.count = 0
+        """How many of them came to their end."""
+        self.used: list[bool] = []
+        """By access: a load has been given what it read."""
+        self.first = 0
+        """All accesses before this one are used."""
+        self.after = NO_REGS
+        self.fault: Fault | None = None
+        self.mask = 0
         self.failed: Access | None = None
         """The access that the page fault interrupted."""
-        if fault is not None and fault.vector == VECTOR_PF:
-            self.failed = accesses[len(accesses) - 1]
-        for access in accesses:
-            kind = access.kind & ~SYSTEM
-            if access is self.failed:
-                continue
-            if kind == READ:
-                self.reads.append(access)
-            elif kind == PORT:
-                self.ports.append(access.value)
-            else:
-                self.writes.append(access)
-        self.used = [False] * len(self.reads)
         self.stores: list[Store] = []
         self.budget = 0
         """Bytes that the emulator wrote."""
-        for access in self.writes:
-            self.budget += access.size
         self.system = False
         self.privilege = True
         """Every access so far was made with the privilege that the emulator used."""
+
+    def begin(self, accesses: list[Access], fault: Fault | None, after: Regs, mode64: bool) -> None:
+        """Of an emulation that ended with ``fault``, or with none, and left ``after``."""
+        self.accesses = accesses
+        self.count = len(accesses)
+        self.used = [False] * self.count
+        self.first = 0
+        self.after = after
+        self.fault = fault
+        self.mask = 0xFFFFFFFFFFFFFFFF if mode64 else 0xFFFFFFFF
+        self.failed = None
+        if fault is not None and fault.vector == VECTOR_PF:
+            self.count -= 1
+            self.failed = accesses[self.count]
+        self.stores.clear()
+        self.budget = 0
+        for place in range(self.count):
+            if _is_write(accesses[place]):
+                self.budget += accesses[place].size
+        self.system = False
+        self.privilege = True
+
+    @property
+    def writes(self) -> list[Access]:
+        """What the emulator wrote."""
+        return [self.accesses[place] for place in range(self.count) if _is_write(self.accesses[place])]
 
     def _check_fault(self, gva: int, size: int, write: bool) -> None:
         """Raise the emulator's page fault if this access touches its page."""
@@ -91,10 +117,10 @@ class Replay(Bus):
 
     def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
         """What the emulator read there; its first read that has not been asked for yet."""
-        for place in range(len(self.reads)):
-            access = self.reads[place]
-            if access.gva == gva and access.size == size and not self.used[place]:
-                self.used[place] = True
+        for place in range(self.first, self.count):
+            access = self.accesses[place]
+            if access.gva == gva and access.size == size and _is_read(access) and not self.used[place]:
+                self._use(place)
                 self._check_privilege(access)
                 return access.value
         self._check_fault(gva, size, rmw)
@@ -103,15 +129,21 @@ class Replay(Bus):
             value |= self._byte(gva + place) << (place << 3)
         return value
 
+    def _use(self, place: int) -> None:
+        self.used[place] = True
+        while self.first < self.count and (self.used[self.first] or _is_write(self.accesses[self.first])):
+            self.first += 1
+
     def _byte(self, gva: int) -> int:
         """A byte of an access that the emulator made in other pieces, or of a store before."""
         for store in self.stores:
             place = gva - store.gva & self.mask
             if place < store.size:
                 return store.value >> (place << 3) & 0xFF
-        for access in self.reads:
+        for number in range(self.count):
+            access = self.accesses[number]
             place = gva - access.gva & self.mask
-            if place < access.size:
+            if place < access.size and _is_read(access):
                 self._check_privilege(access)
                 return access.value >> (place << 3) & 0xFF
         if self._in_failed(gva, 1):
@@ -177,9 +209,11 @@ class Replay(Bus):
 
     def port_in(self, regs: Regs, port: int, size: int) -> int:
         """What the emulator read."""
-        if not self.ports:
-            raise BeyondTheRecord
-        return self.ports.pop(0)
+        for place in range(self.first, self.count):
+            if self.accesses[place].kind == PORT and not self.used[place]:
+                self._use(place)
+                return self.accesses[place].value
+        raise BeyondTheRecord
 
     def same_writes(self) -> bool:
         """The emulator wrote what the executor stored, byte by byte, and locked where that locks."""
@@ -213,8 +247,9 @@ class Replay(Bus):
         return True
 
     def _read_as_system(self, gva: int) -> int:
-        for access in self.reads:
-            if access.kind & SYSTEM and access.gva <= gva < access.gva + access.size:
+        for place in range(self.count):
+            access = self.accesses[place]
+            if access.kind == READ | SYSTEM and access.gva <= gva < access.gva + access.size:
                 return access.value >> (gva - access.gva << 3) & 0xFF
         return -1
 

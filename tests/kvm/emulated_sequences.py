@@ -29,6 +29,7 @@ from mmufuzz.oracle.emulator_compare import (
     replay,
 )
 from mmufuzz.oracle.emulator_deviations import explain
+from mmufuzz.oracle.emulator_replay import Replay
 from mmufuzz.x86 import alu
 from mmufuzz.x86.decode import Truncated, Unsupported
 from mmufuzz.x86.execute_operands import bit_offset, effective_address
@@ -243,7 +244,7 @@ class Comparer:
             return False
         made = Comparison(ctxt.insn, before.copy(), regs.copy())
         made.fault = ctxt.exception if ctxt.have_exception else None
-        replay(made, ctxt.code, ctxt.accesses)
+        replay(made, ctxt.code, ctxt.accesses, Replay())
         if made.unmodelled:
             return False
         name = ctxt.insn.entry.mnemonic
@@ -274,7 +275,7 @@ class Comparer:
         side.fault = ctxt.exception if ctxt.have_exception else None
         side.expected = before.copy()
         side.insn = made.insn
-        side.straddles = made.straddles
+        side.accesses = made.accesses
         try:
             execute(side.expected, hardware_decode(code, self.bits), self.theirs)
         except (Unsupported, Truncated):

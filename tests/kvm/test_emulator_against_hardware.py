@@ -18,6 +18,7 @@ from mmufuzz.kvm.opcode_table import NAMES
 from mmufuzz.kvm.switches import Fixes
 from mmufuzz.oracle.emulator_compare import Comparison, replay
 from mmufuzz.oracle.emulator_deviations import DEVIATIONS, explain
+from mmufuzz.oracle.emulator_replay import Replay
 from mmufuzz.x86.flat_registers import initial_registers
 from mmufuzz.x86.state import CR4_DE, Regs
 
@@ -115,7 +116,7 @@ def compared(shown: Shown) -> Comparison:
     assert emulate(ctxt) == EMULATION_OK
     made = Comparison(ctxt.insn, before, regs)
     made.fault = ctxt.exception if ctxt.have_exception else None
-    replay(made, ctxt.code, ctxt.accesses)
+    replay(made, ctxt.code, ctxt.accesses, Replay())
     return made
 
 

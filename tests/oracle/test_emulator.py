@@ -14,6 +14,7 @@ from mmufuzz.kvm.fixes import FIXES, behaviours
 from mmufuzz.kvm.switches import Fixes
 from mmufuzz.oracle.emulator import changes_general_registers_only
 from mmufuzz.oracle.emulator_compare import Comparison, replay
+from mmufuzz.oracle.emulator_replay import Replay
 from mmufuzz.run import run
 from mmufuzz.x86.asm import assemble
 from mmufuzz.x86.flat import FlatBus, Region
@@ -53,7 +54,7 @@ class Emulated:
         """What the oracle sees."""
         made = Comparison(self.ctxt.insn, self.before, self.regs)
         made.fault = self.fault
-        replay(made, self.ctxt.code, self.accesses)
+        replay(made, self.ctxt.code, self.accesses, Replay())
         return made.differences
 
 
