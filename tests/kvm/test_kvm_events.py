@@ -207,3 +207,27 @@ def test_a_guest_without_an_idt_goes_on_at_its_next_step() -> None:
     m = run(usual(), long4("ud2", "mov rax, rbx", rbx=3), fep=False)
     assert m.reg("rax") == 3
     assert "guest.idt" not in m.marks
+
+
+USER_DS, USER_CS, TSS = 0x2B, 0x33, 0x40
+
+
+def with_user_segments(tables: Tables, rsp0: int) -> Tables:
+    """Segments of CPL 3, and a TSS whose stack for CPL 0 is ``rsp0``."""
+    base = gva(SYSTEM) + 0x800
+    tables.set(SYSTEM, USER_DS >> 3, DATA64 | 3 << 45).set(SYSTEM, USER_CS >> 3, CODE64 | 3 << 45)
+    tables.set(SYSTEM, TSS >> 3, 0x67 | (base & 0xFFFFFF) << 16 | 0x89 << 40 | base >> 24 << 56)
+    return tables.set(SYSTEM, 0x100, rsp0 << 32).set(SYSTEM, 0x101, rsp0 >> 32)
+
+
+def test_an_exception_of_user_code_switches_to_the_stack_in_the_tss() -> None:
+    top = gva(STACK) + 0xF00
+    tables = with_user_segments(with_idt((VECTOR_UD, "mov rsi, [rsp + 32]; add qword [rsp], 2; iretq")), top)
+    enter = "push 0x2b; push rcx; push 2; push 0x33; push rdx; iretq"
+    steps = ("mov ax, 0x40; ltr ax", enter, "ud2", "mov rax, rdi")
+    m = idt(*steps, tables=tables, rcx=gva(DATA2), rdx=step(3), rdi=5, fep=False)
+    assert m.vcpu().exceptions == [(VECTOR_UD, -1, 0, step(3))]
+    assert m.reg("rsi") == USER_DS
+    assert (m.reg("rax"), m.reg("rsp"), m.vcpu().regs.cpl) == (5, gva(DATA2), 3)
+    # The frame lies below the stack pointer in the TSS.
+    assert m.word(STACK, 0xF00 // 8 - 1) == USER_DS
