@@ -324,6 +324,8 @@ def _change_options(rng: Rng, case: Case) -> Case:
     if choice == 1:
         return replace(case, options=replace(options, n_max_mmu_pages=_pick(rng, (20, 24, 64, 64))))
     if choice == 2:
+        if rng.chance(1, 4):
+            return replace(case, options=replace(options, decode_to_skip=not options.decode_to_skip))
         return replace(case, options=replace(options, fep=not options.fep))
     tracked: list[int] = []
     if not options.write_track:
