@@ -94,6 +94,8 @@ def cases(draw: st.DrawFn) -> Case:
             n_max_mmu_pages=draw(st.integers(least_mmu_pages(len(machines)), 0xFFFF)),
             write_track=tuple(draw(st.lists(gfns, unique=True, max_size=3))),
             event_limit=draw(st.integers(1, 1_000_000)),
+            decode_to_skip=draw(st.booleans()),
+            tsc=draw(U64),
         ),
         slots=slots,
         memory=tuple({(word.gfn, word.index): word for word in words}.values()),

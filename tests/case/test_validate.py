@@ -35,6 +35,7 @@ BAD = [
     (replace(CASE, slots=(Slot(0xFFFF, 2),)), "slots[0].npages", "expected a number of frames in 1..1, got 2"),
     (replace(CASE, slots=(Slot(4, 4), Slot(0, 5))), "slots[1]", "slots[0] overlaps"),
     (replace(CASE, options=Options(event_limit=0)), "options.event_limit", "in 1..1000000, got 0"),
+    (replace(CASE, options=Options(tsc=1 << 64)), "options.tsc", "a 64-bit value"),
     (replace(CASE, options=Options(write_track=(1, 1))), "options.write_track[1]", "expected each gfn once"),
     (replace(CASE, memory=(Word(0, -1, 0),)), "memory[0].index", "in 0..511, got -1"),
     (replace(CASE, memory=(Word(0, 0, 1 << 64),)), "memory[0].value", "in 0x0..0xffffffffffffffff"),
