@@ -167,7 +167,7 @@ class Vcpu:
         self._paging_ac = 0
         """The registers that ``_paging`` was made for."""
         self.progress = 0
-        """Instructions retired, exceptions delivered and exits to userspace: what must grow."""
+        """Instructions retired, exceptions delivered and steps that userspace ended: what must grow."""
         self.retired = 0
         self.finished = False
 

@@ -124,13 +124,13 @@ def kvm_arch_vcpu_ioctl_run(vcpu: Vcpu, bus: GuestBus) -> int:
 
 def userspace(vcpu: Vcpu) -> None:
     """KVM_RUN returned: the modelled userspace handles the exit and runs the vCPU again."""
-    vcpu.progress += 1
     if vcpu.mmio.exit_pending:
         answer_mmio(vcpu)
     elif vcpu.pio.exit_pending:
         answer_pio(vcpu)
     if vcpu.skip_step:
         vcpu.skip_step = False
+        vcpu.progress += 1
         next_step(vcpu)
 
 

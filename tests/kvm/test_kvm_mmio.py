@@ -164,3 +164,8 @@ def test_a_table_register_that_is_stored_to_a_read_only_slot_loops_too() -> None
     assert m.marks["emulate.io_needed"] > 10
     m = run(usual().identity([0x20]), long4("lgdt [rax]", rax=gva(0x20)), slots=slots, limit=3000)
     assert m.vcpu().finished
+
+
+def test_a_read_that_userspace_answers_is_no_progress_until_the_instruction_retires() -> None:
+    m = run(mapped(NOWHERE, DATA2), long4("mov rcx, [rax]", rax=gva(DATA)), long4("nop", code=2))
+    assert (m.vcpu().progress, m.vcpu().retired) == (1, 1)

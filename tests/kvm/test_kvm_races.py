@@ -242,7 +242,8 @@ def test_a_reserved_bit_fault_on_a_replaced_mmio_spte_sends_the_guest_back() -> 
     steps = ("mov rcx, [rsi]", "mov rcx, [rax]", "mov rcx, [rbx]", "mov rcx, [rax]")
     reader = long4(*steps, rax=gva(DATA), rbx=gva(DATA + 1), rsi=gva(DATA + 2))
     editor = long4("mov rdx, [rax]", "mov [rax], rcx", code=CODE2, rax=gva(L1, DATA), rcx=DATA << 12 | PAGE)
-    m = run(tables, reader, editor, schedule=["after vcpu0@3.vcpu.exit 1 run vcpu1"])
+    schedule = ["after vcpu0@2.thread.yield 1 run vcpu0", "after vcpu0@3.vcpu.exit 1 run vcpu1"]
+    m = run(tables, reader, editor, schedule=schedule)
     assert m.vcpu().userspace_exits == ["mmio read 0x100000 8 0x0", "mmio read 0x101000 8 0x0"]
     assert m.marks["page_fault.RETRY"] == 1
     assert m.vcpu().retired == 4
