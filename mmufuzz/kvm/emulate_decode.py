@@ -278,7 +278,7 @@ class _Decoder:
         return 0
 
 
-_CACHE_LIMIT: Final = 4096
+_CACHE_LIMIT: Final = 512
 _cache64: Final[dict[bytes, Decoded]] = {}
 _cache32: Final[dict[bytes, Decoded]] = {}
 _cache16: Final[dict[bytes, Decoded]] = {}
