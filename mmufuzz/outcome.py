@@ -67,9 +67,10 @@ class Outcome:
 
     ``schedule`` is what was followed, as deviations: with it in place of the Case's, the run repeats. ``marks``: how
     often each named point of the model was passed. ``guest``: digest of what the guest can see at the end (registers,
-    memory, faults, exits to userspace). ``instructions``: guest instructions retired. ``exits``: VM exits by reason.
-    ``locks``: acquisitions by lock name. ``period``: for a livelock, indices into ``trace`` (start, end) of one
-    period. What most callers never look at (``counters``, ``guest``, ``trace``, ``notes``) is made for those who ask.
+    memory, faults, exits to userspace). ``instructions``: guest instructions retired. ``exceptions``: taken by guests.
+    ``exits``: VM exits by reason. ``locks``: acquisitions by lock name. ``period``: for a livelock, indices into
+    ``trace`` (start, end) of one period. What most callers never look at (``counters``, ``guest``, ``trace``,
+    ``notes``) is made for those who ask.
     """
 
     def __init__(self) -> None:
@@ -85,6 +86,7 @@ class Outcome:
         """Host physical memory at the end: address >> 3 to aligned 64-bit word, absent ones are zero."""
         self.events = 0
         self.instructions = 0
+        self.exceptions = 0
         self.exits: dict[str, int] = {}
         self.locks: dict[str, int] = {}
         self.threads: tuple[str, ...] = ()

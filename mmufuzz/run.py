@@ -112,6 +112,7 @@ def _fill(outcome: Outcome, case: Case, host: Host, kvm: Kvm, oracles: Oracles) 
     outcome.exits = kvm.exits
     outcome.events = host.events
     outcome.instructions = sum(vcpu.retired for vcpu in kvm.vcpus)
+    outcome.exceptions = sum(len(vcpu.exceptions) for vcpu in kvm.vcpus)
     outcome.locks = {lock.name: lock.acquisitions for lock in (kvm.mmu_lock, kvm.slots_lock)}
     outcome.threads = tuple(thread.name for thread in host.threads)
     outcome.record = host.trace

@@ -26,7 +26,7 @@ REDUCE_SECONDS = 20.0
 """Seconds spent on one reduction: livelocks run long."""
 
 STUCK_EVENTS = 200
-"""Events per retired instruction above which a run that was cut short is reported."""
+"""Events per retired instruction or exception above which a run that was cut short is reported."""
 
 LONG_RUN = 10_000
 """Events of a run that had a chance: a Case may set itself a limit too low for any result."""
@@ -123,12 +123,14 @@ class Recorder:
 def stuck(outcome: Outcome) -> bool:
     """Whether a run that the event limit cut short looks like more than a guest whose own code loops.
 
-    Looping code retires an instruction every few events, and every few dozen even if KVM emulates each of them. A long
-    REP instruction retires none, but it hardly ever exits; KVM and a guest that go round in circles exit all the time.
+    Looping code retires an instruction or takes an exception (a handler that faults) every few events, and every few
+    dozen even if KVM emulates each of them. A long REP instruction retires none, but it hardly ever exits; KVM and a
+    guest that go round in circles exit all the time.
     """
+    steps = outcome.instructions + outcome.exceptions
     exits = sum(outcome.exits.values())
     return (
         outcome.events >= LONG_RUN
-        and outcome.instructions * STUCK_EVENTS < outcome.events
+        and steps * STUCK_EVENTS < outcome.events
         and exits * STUCK_EVENTS >= outcome.events
     )

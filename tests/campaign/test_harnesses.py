@@ -111,6 +111,9 @@ def test_a_run_cut_short_is_reported_only_if_it_exits_and_hardly_anything_retire
     assert not stuck(outcome)
     outcome.instructions = 3
     assert stuck(outcome)
+    outcome.exceptions = 400  # a handler that faults, down its stack
+    assert not stuck(outcome)
+    outcome.exceptions = 0
     outcome.exits = {"page-fault": 9}  # one long REP instruction
     assert not stuck(outcome)
     outcome.exits = {"page-fault": 400}
