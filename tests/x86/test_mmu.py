@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paging_phys import ALL, PAGE, ROOT, chain, slot
 
 from mmufuzz.x86.mmu import HardwareMmu, HostPhys
 from mmufuzz.x86.page_walk import PageTableReader, walk_tables
@@ -34,19 +35,13 @@ from mmufuzz.x86.state import (
 )
 from mmufuzz.x86.tlb import Tlb
 
-ALL = PTE_P | PTE_W | PTE_U
 CONFIG = PagingConfig(4, pge=True)
-ROOT = 1
-PAGE, OTHER = 0x70, 0x71
+OTHER = PAGE + 1
 GVA = 0x0000_1234_5678_9ABC
 VPN = GVA >> 12
 
 
-def slot(table: int, level: int, gva: int = GVA) -> int:
-    return table * 4096 + (gva >> 12 + 9 * (level - 1)) % 512 * 8
-
-
-PML4E, PDPTE, PDE, PTE = slot(1, 4), slot(2, 3), slot(3, 2), slot(4, 1)
+PML4E, PDPTE, PDE, PTE = (slot(table, GVA, 5 - table) for table in range(1, 5))
 
 
 class Phys(HostPhys):
@@ -76,7 +71,7 @@ class Machine:
     """One processor over the tables 1 → 2 → 3 → 4 → ``PAGE`` for ``GVA``; flags per level may be given."""
 
     def __init__(self, pml4e: int = ALL, pdpte: int = ALL, pde: int = ALL, pte: int = ALL) -> None:
-        self.phys = Phys({PML4E: 2 << 12 | pml4e, PDPTE: 3 << 12 | pdpte, PDE: 4 << 12 | pde, PTE: PAGE << 12 | pte})
+        self.phys = Phys(chain(GVA, {4: pml4e, 3: pdpte, 2: pde, 1: pte}))
         self.tlb = Tlb()
         self.mmu = HardwareMmu(self.tlb, self.phys)
 
@@ -159,10 +154,10 @@ def test_all_pieces_of_a_large_page_are_invalidated_together() -> None:
 
 def test_five_level_root() -> None:
     gva = 0x00AB_1234_5678_9ABC
-    phys = Phys({slot(9, 5, gva): 1 << 12 | ALL, **Machine().phys.entries})
+    phys = Phys({slot(9, gva, 5): 1 << 12 | ALL, **Machine().phys.entries})
     mmu = HardwareMmu(Tlb(), phys)
     assert mmu.translate(PagingConfig(5), 9, 5, gva, ACCESS_READ) == PAGE << 12 | 0xABC
-    assert phys.loads[0] == slot(9, 5, gva)
+    assert phys.loads[0] == slot(9, gva, 5)
 
 
 def test_without_paging_nothing_is_walked_or_cached() -> None:
@@ -329,7 +324,7 @@ def test_a_spurious_fault_by_a_stale_pointer_does_not_recur() -> None:
     machine.mmu.spurious = True
     machine.access()
     machine.tlb.evict(VPN)
-    machine.phys.entries[slot(5, 1)] = OTHER << 12 | ALL
+    machine.phys.entries[slot(5, GVA, 1)] = OTHER << 12 | ALL
     machine.phys.entries[PDE] = 5 << 12 | ALL
     machine.phys.entries[PTE] = 0
     assert machine.fault() == 0
@@ -360,7 +355,7 @@ def test_denied_walk_sees_that_the_page_is_gone() -> None:
 
 def test_fault_spares_the_neighbours() -> None:
     machine = Machine()
-    machine.phys.entries[slot(4, 1, GVA ^ 0x1000)] = OTHER << 12 | ALL | PTE_NX
+    machine.phys.entries[slot(4, GVA ^ 0x1000, 1)] = OTHER << 12 | ALL | PTE_NX
     machine.access()
     machine.fault(ACCESS_FETCH, GVA ^ 0x1000)
     machine.phys.entries.clear()
@@ -409,22 +404,22 @@ def test_fault_by_a_stale_pointer_is_checked_from_the_root() -> None:
     machine = Machine()
     machine.access()
     machine.tlb.evict(VPN)
-    machine.phys.entries[slot(5, 1)] = OTHER << 12 | ALL
+    machine.phys.entries[slot(5, GVA, 1)] = OTHER << 12 | ALL
     machine.phys.entries[PDE] = 5 << 12 | ALL
     machine.phys.entries[PTE] = 0
     assert machine.access() == OTHER << 12 | 0xABC
-    assert machine.phys.loads == [PTE, PML4E, PDPTE, PDE, slot(5, 1)]
+    assert machine.phys.loads == [PTE, PML4E, PDPTE, PDE, slot(5, GVA, 1)]
 
 
 def test_walk_from_the_root_replaces_stale_pointers() -> None:
     machine = Machine()
     machine.access()
-    machine.phys.entries[slot(5, 1)] = OTHER << 12 | ALL
+    machine.phys.entries[slot(5, GVA, 1)] = OTHER << 12 | ALL
     machine.phys.entries[PDE] = 5 << 12 | ALL
     machine.access(ACCESS_WRITE)  # clean entry: walks from the root
     machine.tlb.evict(VPN)
     assert machine.access() == OTHER << 12 | 0xABC
-    assert machine.phys.loads == [slot(5, 1)]
+    assert machine.phys.loads == [slot(5, GVA, 1)]
 
 
 # Speculative fills.

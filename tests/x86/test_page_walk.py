@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paging_phys import ALL, ON, chain
 from walk_divergences import DIVERGENCES
 
 from mmufuzz.x86 import (
@@ -44,7 +45,6 @@ from mmufuzz.x86.paging import (
 from mmufuzz.x86.state import (
     CR0_PE,
     CR0_PG,
-    CR0_WP,
     CR4_PAE,
     CR4_PGE,
     CR4_PSE,
@@ -64,8 +64,6 @@ from mmufuzz.x86.state import (
 )
 
 PAGE_DOC = Path(__file__).resolve().parents[2] / "docs" / "reference" / "page-walk.md"
-ALL = PTE_P | PTE_W | PTE_U
-ON = CR0_PE | CR0_PG | CR0_WP
 PK = 1 << 5
 LONG = EFER_LME | EFER_LMA | EFER_NX
 
@@ -83,9 +81,7 @@ def registers(mode: str, **changes: Any) -> PagingRegisters:
 
 def long_tables(leaf: int, level: int = 1) -> dict[int, int]:
     """4-level tables at frames 1 to 4 that map linear address 0 by ``leaf`` at ``level``."""
-    words = {frame << 12: frame + 1 << 12 | ALL for frame in range(1, 5 - level)}
-    words[5 - level << 12] = leaf
-    return words
+    return chain(0, leaf=level) | {5 - level << 12: leaf}
 
 
 # Kinds of memory.

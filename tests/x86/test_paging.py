@@ -7,6 +7,7 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paging_phys import ALL, PAGE, ROOT, chain, slot
 
 from mmufuzz.x86.page_walk import PageTableReader, walk_tables
 from mmufuzz.x86.paging import (
@@ -57,10 +58,7 @@ from mmufuzz.x86.state import (
 )
 from mmufuzz.x86.walk_result import WalkResult
 
-ALL = PTE_P | PTE_W | PTE_U
 GVA = 0x0000_1234_5678_9ABC
-ROOT = 1
-PAGE = 0x77
 
 
 class Memory(PageTableReader):
@@ -76,21 +74,9 @@ class Memory(PageTableReader):
         return NO_MEMORY if gpa >= self.limit else self.entries.get(gpa, 0)
 
 
-def slot(table: int, gva: int, level: int) -> int:
-    return table * 4096 + table_index(gva, level) * 8
-
-
 def mapping(gva: int, flags: dict[int, int], leaf: int = 1, levels: int = 4) -> Memory:
-    """Map ``gva`` to frame ``PAGE`` by tables at frames 1, 2, … from the root down; ``flags`` per level, else ALL."""
-    entries = {}
-    for level in range(levels, leaf - 1, -1):
-        table = ROOT + levels - level
-        target = PAGE if level == leaf == 1 else table + 1
-        if level == leaf > 1:
-            target = (PAGE >> 9 * (leaf - 1) << 9 * (leaf - 1)) | 1 << 9 * (leaf - 1)
-        bits = flags.get(level, ALL | (PTE_PS if level == leaf > 1 else 0))
-        entries[slot(table, gva, level)] = target << 12 | bits
-    return Memory(entries)
+    """Tables that map ``gva``; see ``chain``."""
+    return Memory(chain(gva, flags, leaf, levels))
 
 
 def look(memory: Memory, access: int, config: PagingConfig | None = None, gva: int = GVA) -> WalkResult:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from paging_phys import ALL, GVA, ON, OTHER_PAGE, OTHER_ROOT, PAGE, ROOT, Phys, slot
+from paging_phys import ALL, GVA, ON, OTHER_PAGE, OTHER_ROOT, PAGE, ROOT, Phys, chain, slot
 from walk_cases import IMPLICIT, KINDS, MODES, Generator, WalkCase, reference
 
 from mmufuzz.x86.paging import (
@@ -53,13 +53,11 @@ from mmufuzz.x86.state import (
 
 
 def long_mode(cr4: int = 0, efer: int = EFER_NX) -> PagingUnit:
-    """4-level paging by tables at frames 1 (or 2), 3, 4, 5 that map GVA to PAGE."""
+    """4-level paging by the tables of ``chain``; ``OTHER_ROOT`` names the same ones."""
     phys = Phys()
-    for root in (ROOT, OTHER_ROOT):
-        phys.store(slot(root, GVA, 4), 3 << 12 | ALL)
-    phys.store(slot(3, GVA, 3), 4 << 12 | ALL)
-    phys.store(slot(4, GVA, 2), 5 << 12 | ALL)
-    phys.store(slot(5, GVA, 1), PAGE << 12 | ALL)
+    for address, entry in chain(GVA).items():
+        phys.store(address, entry)
+    phys.store(slot(OTHER_ROOT, GVA, 4), phys.words[slot(ROOT, GVA, 4)])
     unit = PagingUnit(phys)
     unit.write_efer(efer | EFER_LME)
     unit.write_cr4(CR4_PAE)
@@ -72,7 +70,7 @@ def long_mode(cr4: int = 0, efer: int = EFER_NX) -> PagingUnit:
 def remap(unit: PagingUnit, flags: int = ALL, frame: int = OTHER_PAGE) -> None:
     phys = unit.phys
     assert isinstance(phys, Phys)
-    phys.store(slot(5, GVA, 1), frame << 12 | flags)
+    phys.store(slot(4, GVA, 1), frame << 12 | flags)
 
 
 def frame(unit: PagingUnit, access: int = ACCESS_READ, cpl: int = 0) -> int:
@@ -191,13 +189,13 @@ def test_invlpg_drops_every_piece_of_a_large_page_and_no_other() -> None:
     assert isinstance(phys, Phys)
     large, neighbour = GVA & -(1 << 21), (GVA & -(1 << 21)) + (1 << 21)
     for gva, target in ((large, 0x20_0000), (neighbour, 0x40_0000)):
-        phys.store(slot(4, gva, 2), target | ALL | PTE_PS)
+        phys.store(slot(3, gva, 2), target | ALL | PTE_PS)
     pages = (large, large + 0x3000, neighbour)
     for gva in pages:
         unit.translate(gva, ACCESS_READ)
-        phys.store(slot(4, gva, 2), 0x80_0000 | ALL | PTE_PS)
-        phys.store(slot(4, large, 2), 0x20_0000 | ALL | PTE_PS)
-    phys.store(slot(4, large, 2), 0x80_0000 | ALL | PTE_PS)
+        phys.store(slot(3, gva, 2), 0x80_0000 | ALL | PTE_PS)
+        phys.store(slot(3, large, 2), 0x20_0000 | ALL | PTE_PS)
+    phys.store(slot(3, large, 2), 0x80_0000 | ALL | PTE_PS)
     unit.invlpg(large + 0x5000)
     assert [unit.translate(gva, ACCESS_READ) for gva in pages] == [0x80_0000, 0x80_3000, 0x40_0000]
 
@@ -210,7 +208,7 @@ def test_invpcid_of_an_address_drops_the_table_pointers_that_it_uses(gva: int) -
     assert isinstance(phys, Phys)
     frame(unit)
     phys.store(slot(6, GVA, 1), OTHER_PAGE << 12 | ALL)
-    phys.store(slot(4, GVA, 2), 6 << 12 | ALL)
+    phys.store(slot(3, GVA, 2), 6 << 12 | ALL)
     unit.invpcid(INVPCID_ADDRESS, 0, gva)
     unit.tlb.evict(GVA >> 12)
     assert frame(unit) == OTHER_PAGE
@@ -346,12 +344,12 @@ def test_bad_invpcid_descriptors(cr4: int, kind: int, pcid: int, gva: int, fault
 # PDPTE registers.
 
 
-def pae(entries: tuple[int, int, int, int] = (4 << 12 | PTE_P, 0, 0, 0)) -> PagingUnit:
+def pae(entries: tuple[int, int, int, int] = (3 << 12 | PTE_P, 0, 0, 0)) -> PagingUnit:
     phys = Phys()
     for index, entry in enumerate(entries):
         phys.store(0x9020 + 8 * index, entry)
-    phys.store(slot(4, GVA, 2), 5 << 12 | ALL)
-    phys.store(slot(5, GVA, 1), PAGE << 12 | ALL)
+    phys.store(slot(3, GVA, 2), 4 << 12 | ALL)
+    phys.store(slot(4, GVA, 1), PAGE << 12 | ALL)
     unit = PagingUnit(phys)
     unit.write_cr4(CR4_PAE)
     unit.write_cr3(0x9020)
