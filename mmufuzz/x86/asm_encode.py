@@ -6,7 +6,7 @@ from typing import Final
 
 from mmufuzz.x86 import opcodes as op
 from mmufuzz.x86.asm_text import Argument, signed
-from mmufuzz.x86.decode import REX_B, REX_R, REX_W, REX_X
+from mmufuzz.x86.decode_form import REX_B, REX_R, REX_W, REX_X
 from mmufuzz.x86.insn import CR, DR, HIGH8, IMM, MEM, MMX, NO_REG, REG, RIP, SREG, STI, XMM
 
 _IMMEDIATES: Final = (op.METHOD_IMM, op.METHOD_IMM8, op.METHOD_IMM32)
