@@ -1,8 +1,9 @@
 """Atheris over the decoder, the executor and the emulator alone. ``python harnesses/atheris_insn.py [--time 10s] …``
 
 Any bytes decode to instructions or architectural faults; what executes leaves registers in their ranges, and what
-faults leaves them alone (``mmufuzz.campaign.insn_target``). What the emulator is sent (forced emulation, one vCPU with
-paging off) ends without a finding.
+faults leaves them alone; what KVM's emulator makes of the same instruction is what hardware does, or a listed deviation
+(``mmufuzz.campaign.insn_target``). What goes through the emulator of a whole VM (forced emulation, one vCPU with paging
+off) ends without a finding.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Final
 
 from mmufuzz.campaign.fuzz_target import CoverageTable, fuzz, restart_with_preload
 from mmufuzz.campaign.harness import session
-from mmufuzz.campaign.insn_inputs import MODES, bits_of, crossed, mutated, steps
+from mmufuzz.campaign.insn_emulator import place_of
+from mmufuzz.campaign.insn_inputs import MODES, bits_of, crossed, emulator_entries_of, mutated, steps
 from mmufuzz.campaign.insn_target import Step, run
 from mmufuzz.campaign.mutators import dictionary
 from mmufuzz.campaign.recorder import Recorder
@@ -23,7 +25,14 @@ from mmufuzz.x86.opcodes import FORMS
 
 FEP: Final = bytes.fromhex("0f0b6b766d")
 MAX_STEP: Final = 15
-N_ENTRIES: Final = 2 * len(FORMS) * len(MODES)
+PLACES: Final = {
+    place: number
+    for number, place in enumerate(
+        dict.fromkeys(place_of(entry) for bits in MODES for entry in emulator_entries_of(bits))
+    )
+}
+N_FORMS: Final = 2 * len(FORMS) * len(MODES)
+N_PLACES: Final = len(PLACES) * len(MODES)
 N_VARIANTS: Final = 1 << 13
 """Counters for an instruction's size, prefixes and exception; two kinds seldom share one."""
 EMULATE_EVERY: Final = 8
@@ -34,12 +43,16 @@ def counters(done: list[Step]) -> dict[int, int]:
     """What libFuzzer is to keep an input for: table entries that are executed and that retire, and kinds of steps."""
     met: dict[int, int] = {}
     for step in done:
+        mode = MODES.index(step.bits)
+        kind = f"{mode}"
         insn = step.insn
-        entry = len(FORMS) * MODES.index(step.bits) + insn.form
-        kind = f"{entry}.{insn.size}.{insn.lock}.{insn.rep}.{insn.has_memory}.{step.vector}"
-        variant = N_ENTRIES + zlib.crc32(kind.encode()) % N_VARIANTS
-        met[2 * entry + (step.vector < 0)] = 1
-        met[variant] = 1
+        if insn is not None:
+            entry = len(FORMS) * mode + insn.form
+            met[2 * entry + (step.vector < 0)] = 1
+            kind += f".{insn.form}.{insn.size}.{insn.lock}.{insn.rep}.{insn.has_memory}.{step.vector}"
+        if step.entry is not None:
+            met[N_FORMS + len(PLACES) * mode + PLACES[place_of(step.entry)]] = 1
+        met[N_FORMS + N_PLACES + zlib.crc32(kind.encode()) % N_VARIANTS] = 1
     return met
 
 
@@ -59,7 +72,7 @@ def main(arguments: list[str]) -> None:
     import atheris  # noqa: PLC0415 - an extra; after the restart, which it must not see twice
 
     work = session("atheris_insn", arguments)
-    table = CoverageTable(N_ENTRIES + N_VARIANTS)
+    table = CoverageTable(N_FORMS + N_PLACES + N_VARIANTS)
     share = work.recorder.share
 
     def target(data: bytes) -> None:

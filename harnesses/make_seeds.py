@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from mmufuzz.campaign import insn_inputs
+from mmufuzz.campaign.insn_inputs import bits_of
+from mmufuzz.campaign.insn_seeds import seeds
 from mmufuzz.case import bytes as case_bytes
 from mmufuzz.case.generate import SHAPES, generate_shape
 from mmufuzz.case.rng import Rng
@@ -37,8 +38,8 @@ def main() -> None:
     instructions.mkdir(parents=True, exist_ok=True)
     for path in instructions.glob("*.bin"):
         path.unlink()
-    for number, data in enumerate(insn_inputs.seeds()):
-        (instructions / f"{number:02}-{insn_inputs.bits_of(data)}.bin").write_bytes(data)
+    for number, data in enumerate(seeds()):
+        (instructions / f"{number:02}-{bits_of(data)}.bin").write_bytes(data)
 
 
 if __name__ == "__main__":

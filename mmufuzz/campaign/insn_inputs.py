@@ -9,8 +9,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import Final
 
+from mmufuzz.campaign.insn_emulator import emulator_encoding, emulator_entries
 from mmufuzz.case.encodings import encode
 from mmufuzz.case.rng import Rng
+from mmufuzz.kvm.opcode_table import Opcode
 from mmufuzz.x86.decode import MAX_LENGTH, Truncated, decode, decode16
 from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.opcodes import FORMS, Form, entries
@@ -76,6 +78,21 @@ def entries_of(bits: int) -> list[Form]:
     return entries(bits)
 
 
+@cache
+def emulator_entries_of(bits: int) -> list[Opcode]:
+    """``emulator_entries``, made once."""
+    return emulator_entries(bits)
+
+
+def any_encoding(rng: Rng, bits: int) -> bytes:
+    """One instruction: mostly of a form that the CPU has, sometimes of an entry of the emulator."""
+    if rng.below(4):
+        forms = entries_of(bits)
+        return encoding(rng, forms[rng.below(len(forms))], bits)
+    opcodes = emulator_entries_of(bits)
+    return emulator_encoding(rng, opcodes[rng.below(len(opcodes))], bits)
+
+
 def encoding(rng: Rng, form: Form, bits: int) -> bytes:
     """One instruction of ``form``, which is among ``entries(bits)``."""
     while True:
@@ -95,8 +112,7 @@ def mutated(data: bytes, max_size: int, rng: Rng, raw: Callable[[bytes, int], by
     place = rng.below(len(pieces) + 1)
     choice = rng.below(4)
     if choice < 2 or not pieces:
-        forms = entries_of(bits)
-        pieces[place : place + choice] = [encoding(rng, forms[rng.below(len(forms))], bits)]
+        pieces[place : place + choice] = [any_encoding(rng, bits)]
     elif choice == 2:
         del pieces[place : place + 1 + rng.below(4)]
     else:
@@ -112,15 +128,3 @@ def crossed(one: bytes, other: bytes, max_size: int, rng: Rng) -> bytes:
     tail = steps(other)
     pieces = head[: rng.below(len(head) + 1)] + tail[rng.below(len(tail) + 1) :]
     return (one[:HEADER] + b"".join(pieces[:MOST_INSTRUCTIONS]))[:max_size]
-
-
-def seeds() -> list[bytes]:
-    """Inputs at CPL 0 that together hold every entry of every mode."""
-    inputs: list[bytes] = []
-    for mode, bits in enumerate(MODES):
-        forms = entries_of(bits)
-        for start in range(0, len(forms), MOST_INSTRUCTIONS):
-            rng = Rng(start)
-            code = [encoding(rng, form, bits) for form in forms[start : start + MOST_INSTRUCTIONS]]
-            inputs.append(bytes((mode, start & 0xFF)) + b"".join(code))
-    return inputs

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from typing import Final
 
+from mmufuzz.campaign.insn_emulator import emulate
 from mmufuzz.campaign.insn_inputs import HANDLED, HEADER, MOST_INSTRUCTIONS, USER, bits_of, decoded
 from mmufuzz.case.encodings import edge_value
 from mmufuzz.case.rng import Rng
+from mmufuzz.kvm.opcode_table import Opcode
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.decode import MAX_LENGTH, Unsupported
 from mmufuzz.x86.event import TripleFault, deliver_exception
+from mmufuzz.x86.execute_operands import RCX
 from mmufuzz.x86.executor import execute
 from mmufuzz.x86.flat_registers import initial_registers
 from mmufuzz.x86.insn import REP_NONE, Insn
@@ -28,11 +31,23 @@ _BEHIND_FAULTS: Final = frozenset(("movdr",))
 
 
 class EchoBus(Bus):
-    """Memory that holds ``fill`` over and over until it is written to, and no paging."""
+    """Memory that holds ``fill`` over and over until it is written to, and no paging.
+
+    Code is apart from it: what is fetched at RIP is ``code``, wherever the code segment begins.
+    """
 
     def __init__(self, fill: bytes) -> None:
         self.fill = fill
         self.memory: dict[int, int] = {}
+        self.code = b""
+        self.code_at = -1
+
+    def copy(self, code: bytes) -> EchoBus:
+        """The same memory, with ``code`` to fetch."""
+        other = EchoBus(self.fill)
+        other.memory = self.memory.copy()
+        other.code = code
+        return other
 
     def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
         """See ``Bus``."""
@@ -50,8 +65,11 @@ class EchoBus(Bus):
             self.memory[gva + place] = value >> (8 * place) & 0xFF
 
     def fetch(self, regs: Regs, gva: int, size: int) -> bytes:
-        """See ``Bus``."""
-        return self.load(regs, gva, size, False, False).to_bytes(size, "little")
+        """See ``Bus``. The first fetch is at RIP."""
+        if self.code_at < 0:
+            self.code_at = gva
+        offset = gva - self.code_at
+        return self.code[offset : offset + size]
 
     def fence(self, regs: Regs) -> None:
         """See ``Bus``."""
@@ -75,12 +93,17 @@ class EchoBus(Bus):
 
 
 class Step:
-    """An instruction that was executed as code of ``bits``, and the vector of the exception it raised, or -1."""
+    """One instruction of an input, as code of ``bits``.
 
-    def __init__(self, insn: Insn, bits: int, vector: int) -> None:
-        self.insn = insn
+    ``insn`` is what hardware executed, with the vector of the exception it raised, or -1; ``entry`` what the emulator
+    did. Either may be None, but not both.
+    """
+
+    def __init__(self, bits: int, insn: Insn | None, vector: int, entry: Opcode | None) -> None:
         self.bits = bits
+        self.insn = insn
         self.vector = vector
+        self.entry = entry
 
 
 def registers(data: bytes) -> Regs:
@@ -148,7 +171,7 @@ def check(regs: Regs) -> None:
 
 
 def run(data: bytes) -> list[Step]:
-    """Execute an input. Raises ``AssertionError`` for what must not be."""
+    """Execute an input, each instruction by the emulator first. Raises ``AssertionError`` for what must not be."""
     done: list[Step] = []
     if len(data) <= HEADER:
         return done
@@ -158,14 +181,19 @@ def run(data: bytes) -> list[Step]:
     while len(done) < MOST_INSTRUCTIONS and offset < len(data):
         # A far transfer may have changed it.
         bits = 64 if regs.long_mode else 16 if regs.code16 else 32
-        insn = decoded(data[offset : offset + MAX_LENGTH], bits)
-        if insn is None:
-            offset += 1
-            continue
+        code = data[offset : offset + MAX_LENGTH].ljust(MAX_LENGTH, b"\0")
         regs.rip = ORIGIN + offset
-        if insn.rep != REP_NONE:
-            # A count that ends soon.
-            regs.gpr[1] &= 0xF
-        done.append(Step(insn, bits, step(regs, insn, bus)))
-        offset += insn.length
+        if 0xF2 in code or 0xF3 in code:
+            # A repetition is to end soon.
+            regs.gpr[RCX] &= 0xF
+        entry, length = emulate(regs, bus.copy(code))
+        insn = decoded(code, bits)
+        if insn is not None:
+            done.append(Step(bits, insn, step(regs, insn, bus), entry))
+            offset += insn.length
+        elif entry is not None:
+            done.append(Step(bits, None, -1, entry))
+            offset += length
+        else:
+            offset += 1
     return done

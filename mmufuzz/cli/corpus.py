@@ -102,9 +102,10 @@ def _opcodes(paths: list[Path], output: Output) -> Status:
     reach = reach_of(paths)
     modes = reach.as_json()
     output.line(f"{reach.inputs} inputs")
-    output.line(f"{'mode':<8} {'entries':>8} {'executed':>9} {'retired':>8}")
+    columns = ("entries", "executed", "retired", "emulator_entries", "emulated")
+    output.line("mode    " + "".join(f"{column.replace('_', ' '):>{len(column) + 2}}" for column in columns))
     for name, row in modes.items():
-        output.line(f"{name:<8} {row['entries']:>8} {row['executed']:>9} {row['retired']:>8}")
+        output.line(f"{name:<8}" + "".join(f"{row[column]:>{len(column) + 2}}" for column in columns))
     for name, row in modes.items():
         for entry in row["missing"]:
             output.line(f"not reached: {name} {entry}")
