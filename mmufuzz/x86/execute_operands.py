@@ -136,11 +136,14 @@ def linear(regs: Regs, segment: int, offset: int, size: int, write: bool) -> int
 
 
 def _allows(descriptor: Segment, offset: int, size: int, write: bool, real_mode: bool) -> bool:
-    """Whether type and limit of a segment let an access pass."""
+    """Whether type and limit of a segment let an access pass.
+
+    One that runs past 4 GiB passes where the segment ends there, as a CPU may have it (SDM vol. 3, 5.3).
+    """
     rights = descriptor.rights
     if rights & RIGHTS_UNUSABLE:
         return False
-    last = offset + size - 1
+    last = min(offset + size - 1, MASK32)
     if rights & 8:
         # Code: readable by bit 1, writable in real-address mode only.
         return (not write or real_mode) and rights & 2 != 0 and last <= descriptor.limit

@@ -8,6 +8,7 @@ from mmufuzz.x86 import alu
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.execute_operands import (
     MASK32,
+    RSP,
     advance,
     is_canonical,
     load_operand,
@@ -16,7 +17,6 @@ from mmufuzz.x86.execute_operands import (
     read_reg,
     require_cpl0,
     rip_mask,
-    set_stack,
     stack_offset,
     store_operand,
     write_reg,
@@ -61,8 +61,11 @@ def pop_sreg(regs: Regs, insn: Insn, bus: Bus) -> None:
     size = insn.size
     selector = load_stack(regs, bus, 0, 2)
     top = stack_offset(regs, size)
+    if regs.stack16 and not regs.long_mode:
+        # Of POP SS, too, the stack that it pops from says how much of ESP moves.
+        top |= regs.gpr[RSP] & ~0xFFFF
     load_segment(regs, bus, insn.operands[0].index, selector)
-    set_stack(regs, top)
+    regs.gpr[RSP] = top
     advance(regs, insn)
 
 

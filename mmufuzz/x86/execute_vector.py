@@ -18,9 +18,10 @@ from mmufuzz.x86.execute_operands import (
     store_operand,
     write_reg,
 )
+from mmufuzz.x86.execute_x87 import SUMMARY
 from mmufuzz.x86.insn import MEM, MMX, REG, XMM, Insn, Operand
 from mmufuzz.x86.opcodes import MAP_VEX
-from mmufuzz.x86.state import CR0_EM, CR0_TS, VECTOR_GP, VECTOR_NM, VECTOR_UD, Fault, Regs
+from mmufuzz.x86.state import CR0_EM, CR0_TS, VECTOR_GP, VECTOR_MF, VECTOR_NM, VECTOR_UD, Fault, Regs
 
 _UPPER_HALF: Final = ((1 << 128) - 1) << 128
 _MASK64: Final = (1 << 64) - 1
@@ -46,6 +47,15 @@ def check_enabled(regs: Regs) -> None:
     """#UD with CR0.EM, #NM with CR0.TS."""
     if regs.cr0 & (CR0_EM | CR0_TS):
         raise Fault(VECTOR_UD if regs.cr0 & CR0_EM else VECTOR_NM)
+
+
+def check_mmx(regs: Regs, insn: Insn) -> None:
+    """``check_enabled``, and #MF for a pending exception of the x87 if an MMX register is among the operands."""
+    check_enabled(regs)
+    if regs.fsw & SUMMARY:
+        for operand in insn.operands:
+            if operand.kind == MMX:
+                raise Fault(VECTOR_MF)
 
 
 def _check_alignment(regs: Regs, insn: Insn, operand: Operand) -> None:
@@ -85,7 +95,7 @@ def enter_mmx(regs: Regs) -> None:
 
 def move(regs: Regs, insn: Insn, bus: Bus) -> None:
     """Moves that copy the source and clear what lies above it: whole registers, MOVD, MOVQ and their relatives."""
-    check_enabled(regs)
+    check_mmx(regs, insn)
     dst = insn.operands[0]
     src = insn.operands[1]
     if insn.mnemonic in _ALIGNED:
@@ -167,7 +177,7 @@ def duplicate(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 def masked_store(regs: Regs, insn: Insn, bus: Bus) -> None:
     """MASKMOVQ and MASKMOVDQU: the bytes at rDI whose mask byte has its top bit set. No byte, no fault."""
-    check_enabled(regs)
+    check_mmx(regs, insn)
     src = insn.operands[0]
     value = _load(regs, insn, bus, src)
     mask = _load(regs, insn, bus, insn.operands[1])
@@ -193,6 +203,8 @@ def zero_upper(regs: Regs, insn: Insn, bus: Bus) -> None:
 def empty_mmx(regs: Regs, insn: Insn, bus: Bus) -> None:
     """EMMS."""
     check_enabled(regs)
+    if regs.fsw & SUMMARY:
+        raise Fault(VECTOR_MF)
     regs.ftw = 0
     advance(regs, insn)
 
