@@ -167,6 +167,15 @@ def _lgdt16(made: Comparison) -> bool:
     return made.decoded.name in ("lgdt", "lidt") and made.decoded.op_bytes == 2 and not made.mode64
 
 
+def _fxsave(made: Comparison) -> bool:
+    return made.decoded.name in ("fxsave", "fxrstor") and not made.mode64
+
+
+def _pause(made: Comparison) -> bool:
+    insn = made.decoded
+    return insn.entry.opcode == 0x90 and insn.entry.map == 1 and insn.rep == 0xF3 and insn.rex & 1 != 0
+
+
 DEVIATIONS: Final[list[Deviation]] = [
     Deviation("tzcnt", "TZCNT and LZCNT are executed as BSF and BSR", "em_bsf_c, em_bsr_c", (GPR, FLAGS), _tzcnt),
     Deviation("bsf-zero", "BSF and BSR of zero leave all 64 bits alone", "em_bsf_c, em_bsr_c", (GPR,), _bsf_zero),
@@ -295,6 +304,10 @@ DEVIATIONS: Final[list[Deviation]] = [
         "ins-read-ahead", "REP INS stores what it has read ahead in one piece", "pio_in_emulated", _OUTCOME, _read_ahead
     ),
     Deviation("lgdt16", "LGDT and LIDT of 16 bits read 5 bytes, not 6", "read_descriptor", _OUTCOME, _lgdt16),
+    Deviation(
+        "fxsave-size", "outside 64-bit mode FXSAVE and FXRSTOR touch 288 bytes, not 512", "em_fxsave", _OUTCOME, _fxsave
+    ),
+    Deviation("pause-rex", "PAUSE with REX.B exchanges R8 with rAX", "x86_emulate_insn", (GPR,), _pause),
 ]
 
 

@@ -228,6 +228,9 @@ SHOWN: dict[str, Shown] = {
     "interrupt-size": Shown(16, "66cd21", _interrupt_table),
     "ins-read-ahead": Shown(64, "f36d", _read_ahead_over_a_page),
     "lgdt16": Shown(32, "660f0110", _at_data),
+    # The segment ends 320 bytes behind the operand.
+    "fxsave-size": Shown(16, "0fae06c0fe", _nothing),
+    "pause-rex": Shown(64, "f34190", _old_value),
 }
 
 
