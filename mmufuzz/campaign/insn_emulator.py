@@ -14,6 +14,7 @@ from mmufuzz.kvm.opcode_table import ONLY64, TABLES, Opcode
 from mmufuzz.kvm.switches import Fixes
 from mmufuzz.oracle.emulator_compare import Comparison, replay
 from mmufuzz.oracle.emulator_deviations import explain
+from mmufuzz.oracle.emulator_replay import Replay
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.state import Fault, Regs
 
@@ -56,7 +57,7 @@ def emulate(regs: Regs, bus: Bus) -> tuple[Opcode | None, int]:
 def _compare(ctxt: X86EmulateCtxt, before: Regs, after: Regs) -> None:
     made = Comparison(ctxt.insn, before, after)
     made.fault = ctxt.exception if ctxt.have_exception else None
-    replay(made, ctxt.code, ctxt.accesses)
+    replay(made, ctxt.code, ctxt.accesses, Replay())
     if made.differences and not made.unmodelled and not explain(made):
         vectors = f"exception {made.emulated_vector}, hardware {made.expected_vector}"
         what = f"{ctxt.insn.entry.mnemonic} {ctxt.code[: ctxt.insn.length].hex()} in {made.bits}-bit code"

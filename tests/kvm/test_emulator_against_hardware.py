@@ -20,6 +20,8 @@ from mmufuzz.oracle.emulator_compare import Comparison, replay
 from mmufuzz.oracle.emulator_deviations import DEVIATIONS, explain
 from mmufuzz.oracle.emulator_replay import Replay
 from mmufuzz.x86.flat_registers import initial_registers
+from mmufuzz.x86.insn import DS
+from mmufuzz.x86.segments import install
 from mmufuzz.x86.state import CR4_DE, Regs
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
@@ -204,6 +206,11 @@ def _read_ahead_over_a_page(regs: Regs, bus: Memory) -> None:
     bus.deny(0x2000, 0x3000)
 
 
+def _last_byte_below_4_gib(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RAX] = 0xFFFFFFFF
+    install(regs, DS, 0, DATA + 1, 0xFFFFFFFF, regs.segments[DS].rights)
+
+
 SHOWN: dict[str, Shown] = {
     "tzcnt": Shown(64, "f30fbdc1", _four_trailing_zeros),
     "bsf-zero": Shown(64, "0fbcc1", _old_value),
@@ -230,6 +237,7 @@ SHOWN: dict[str, Shown] = {
     "lgdt16": Shown(32, "660f0110", _at_data),
     # The segment ends 320 bytes behind the operand.
     "fxsave-size": Shown(16, "0fae06c0fe", _nothing),
+    "wrap-4g": Shown(32, "0f0110", _last_byte_below_4_gib),
     "pause-rex": Shown(64, "f34190", _old_value),
 }
 
