@@ -12,9 +12,9 @@ import sys
 import zlib
 from typing import Final
 
-from mmufuzz.campaign.fuzz_target import CoverageTable, fuzz, restart_with_preload
+from mmufuzz.campaign.fuzz_target import CoverageTable, fuzz, record_crash, restart_with_preload
 from mmufuzz.campaign.harness import session
-from mmufuzz.campaign.insn_emulator import place_of
+from mmufuzz.campaign.insn_emulator import EmulatorDiffers, place_of
 from mmufuzz.campaign.insn_inputs import MODES, bits_of, crossed, emulator_entries_of, mutated, steps
 from mmufuzz.campaign.insn_target import Step, run
 from mmufuzz.campaign.mutators import dictionary
@@ -74,10 +74,19 @@ def main(arguments: list[str]) -> None:
     work = session("atheris_insn", arguments)
     table = CoverageTable(N_FORMS + N_PLACES + N_VARIANTS)
     share = work.recorder.share
+    differences: set[str] = set()
 
     def target(data: bytes) -> None:
         share.executions += 1
-        table.add(counters(run(data)))
+        try:
+            done = run(data)
+        except EmulatorDiffers as difference:
+            # One input a kind: there may be more to find behind the first.
+            if difference.kind not in differences:
+                differences.add(difference.kind)
+                record_crash(work, data, str(difference))
+            return
+        table.add(counters(done))
         if share.executions % EMULATE_EVERY == 0 and data and bits_of(data) == 32:
             emulated(work.recorder, data)
 

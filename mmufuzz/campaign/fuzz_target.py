@@ -8,7 +8,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
 from mmufuzz.campaign.coverage_table import CoverageTable
@@ -55,7 +54,7 @@ def fuzz(
         try:
             target(data)
         except Exception:
-            _crashed(work, errors, data, traceback.format_exc())
+            _crashed(work, data, traceback.format_exc())
         work.tick()
         if work.over():
             _leave(work.finish())
@@ -81,12 +80,18 @@ def _in_memory(text: str) -> str:
     return f"/proc/self/fd/{descriptor}"
 
 
-def _crashed(work: Session, errors: Path, data: bytes, text: str) -> None:
-    """Save ``data``, which made the target raise, and end."""
+def record_crash(work: Session, data: bytes, text: str) -> None:
+    """Save ``data``, which showed a bug of the harness or of the model; ``text`` is a traceback, or says what it is."""
+    errors = work.recorder.store.directory_of(HARNESS_ERROR)
     name = f"crash-{hashlib.sha1(data, usedforsecurity=False).hexdigest()}"
     write_atomic(errors / name, data)
     write_atomic(errors / f"{name}.txt", text)
     work.recorder.store.crashes.append(f"{work.name}: {text.strip().splitlines()[-1]} ({errors / name})")
+
+
+def _crashed(work: Session, data: bytes, text: str) -> None:
+    """Save ``data``, which made the target raise, and end."""
+    record_crash(work, data, text)
     with contextlib.suppress(OSError):
         sys.stderr.write(text)
         work.write_report()
@@ -101,4 +106,4 @@ def _leave(status: int) -> None:
     os._exit(status)
 
 
-__all__ = ["CoverageTable", "fuzz", "restart_with_preload"]
+__all__ = ["CoverageTable", "fuzz", "record_crash", "restart_with_preload"]

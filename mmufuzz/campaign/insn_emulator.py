@@ -24,6 +24,14 @@ Place = tuple[int, int, str]
 _FIXES: Final = Fixes(behaviours(LATEST, (), ()))
 
 
+class EmulatorDiffers(AssertionError):
+    """The emulator's result is neither hardware's nor a listed deviation. ``kind`` leaves out what varies."""
+
+    def __init__(self, kind: str, where: str) -> None:
+        super().__init__(f"the emulator differs from hardware: {where}: {kind}")
+        self.kind = kind
+
+
 def place_of(entry: Opcode) -> Place:
     """What tells ``entry`` from the others."""
     return entry.map, entry.opcode, entry.line
@@ -32,8 +40,7 @@ def place_of(entry: Opcode) -> Place:
 def emulate(regs: Regs, bus: Bus) -> tuple[Opcode | None, int]:
     """Emulate the instruction that ``bus`` fetches, on a CPU in the state of ``regs``, which stay as they are.
 
-    The entry of the instruction and its length; None and 0 if KVM's emulator has none. Raises ``AssertionError`` for
-    a result that is not that of hardware and that no listed deviation explains.
+    The entry of the instruction and its length; None and 0 if KVM's emulator has none. Raises ``EmulatorDiffers``.
     """
     after = regs.copy()
     ctxt = X86EmulateCtxt(after, _FIXES)
@@ -60,8 +67,8 @@ def _compare(ctxt: X86EmulateCtxt, before: Regs, after: Regs) -> None:
     replay(made, ctxt.code, ctxt.accesses, Replay())
     if made.differences and not made.unmodelled and not explain(made):
         vectors = f"exception {made.emulated_vector}, hardware {made.expected_vector}"
-        what = f"{ctxt.insn.entry.mnemonic} {ctxt.code[: ctxt.insn.length].hex()} in {made.bits}-bit code"
-        raise AssertionError(f"the emulator differs from hardware: {what}: {', '.join(made.differences)}: {vectors}")
+        kind = f"{ctxt.insn.entry.mnemonic}: {', '.join(made.differences)}: {vectors}"
+        raise EmulatorDiffers(kind, f"{ctxt.code[: ctxt.insn.length].hex()} in {made.bits}-bit code")
 
 
 def emulator_entries(bits: int) -> list[Opcode]:

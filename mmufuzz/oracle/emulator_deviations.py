@@ -171,6 +171,10 @@ def _lgdt16(made: Comparison) -> bool:
     return made.decoded.name in ("lgdt", "lidt") and made.decoded.op_bytes == 2 and not made.mode64
 
 
+def _sgdt16(made: Comparison) -> bool:
+    return made.decoded.name in ("sgdt", "sidt") and made.decoded.op_bytes == 2 and not made.mode64
+
+
 def _fxsave(made: Comparison) -> bool:
     return made.decoded.name in ("fxsave", "fxrstor") and not made.mode64
 
@@ -316,6 +320,7 @@ DEVIATIONS: Final[list[Deviation]] = [
         "ins-read-ahead", "REP INS stores what it has read ahead in one piece", "pio_in_emulated", _OUTCOME, _read_ahead
     ),
     Deviation("lgdt16", "LGDT and LIDT of 16 bits read 5 bytes, not 6", "read_descriptor", _OUTCOME, _lgdt16),
+    Deviation("sgdt16", "SGDT and SIDT of 16 bits store 24 bits of the base, not 32", "em_sgdt", (MEMORY,), _sgdt16),
     Deviation(
         "fxsave-size", "outside 64-bit mode FXSAVE and FXRSTOR touch 288 bytes, not 512", "em_fxsave", _OUTCOME, _fxsave
     ),

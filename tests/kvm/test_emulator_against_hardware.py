@@ -206,6 +206,11 @@ def _read_ahead_over_a_page(regs: Regs, bus: Memory) -> None:
     bus.deny(0x2000, 0x3000)
 
 
+def _base_of_32_bits(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RAX] = DATA
+    regs.gdt_base = 0x12345678
+
+
 def _last_byte_below_4_gib(regs: Regs, bus: Memory) -> None:
     regs.gpr[RAX] = 0xFFFFFFFF
     install(regs, DS, 0, DATA + 1, 0xFFFFFFFF, regs.segments[DS].rights)
@@ -235,6 +240,7 @@ SHOWN: dict[str, Shown] = {
     "interrupt-size": Shown(16, "66cd21", _interrupt_table),
     "ins-read-ahead": Shown(64, "f36d", _read_ahead_over_a_page),
     "lgdt16": Shown(32, "660f0110", _at_data),
+    "sgdt16": Shown(32, "660f0100", _base_of_32_bits),
     # The segment ends 320 bytes behind the operand.
     "fxsave-size": Shown(16, "0fae06c0fe", _nothing),
     "wrap-4g": Shown(32, "0f0110", _last_byte_below_4_gib),
