@@ -26,7 +26,7 @@ REDUCE_SECONDS = 20.0
 """Seconds spent on one reduction: livelocks run long."""
 
 STUCK_EVENTS = 200
-"""Events per retired instruction or exception above which a run that was cut short is reported."""
+"""Events per retired instruction, exception or exit to userspace above which a run that was cut short is reported."""
 
 LONG_RUN = 10_000
 """Events of a run that had a chance: a Case may set itself a limit too low for any result."""
@@ -124,10 +124,11 @@ def stuck(outcome: Outcome) -> bool:
     """Whether a run that the event limit cut short looks like more than a guest whose own code loops.
 
     Looping code retires an instruction or takes an exception (a handler that faults) every few events, and every few
-    dozen even if KVM emulates each of them. A long REP instruction retires none, but it hardly ever exits; KVM and a
-    guest that go round in circles exit all the time.
+    dozen even if KVM emulates each of them; REP on MMIO does not retire, but each element goes to userspace. A long REP
+    instruction in memory does neither, but it hardly ever exits; KVM and a guest that go round in circles exit all the
+    time, and a circle through userspace has the progress oracle to see it.
     """
-    steps = outcome.instructions + outcome.exceptions
+    steps = outcome.instructions + outcome.exceptions + sum(len(exits) for exits in outcome.userspace)
     exits = sum(outcome.exits.values())
     return (
         outcome.events >= LONG_RUN

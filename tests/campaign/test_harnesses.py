@@ -114,6 +114,9 @@ def test_a_run_cut_short_is_reported_only_if_it_exits_and_hardly_anything_retire
     outcome.exceptions = 400  # a handler that faults, down its stack
     assert not stuck(outcome)
     outcome.exceptions = 0
+    outcome.userspace = (("mmio write 0x100000 4 0x0",) * 400,)  # REP on MMIO
+    assert not stuck(outcome)
+    outcome.userspace = ()
     outcome.exits = {"page-fault": 9}  # one long REP instruction
     assert not stuck(outcome)
     outcome.exits = {"page-fault": 400}
