@@ -33,7 +33,8 @@ class Architecture:
         vcpu = self.kvm.vcpus[index]
         if vcpu.regs.cpl != 0 or vcpu.guest_mode:
             who = "an L2 guest" if vcpu.guest_mode else "guest user code"
-            what = f"KVM_EXIT_INTERNAL_ERROR for an instruction of {who}"
+            which = " that has had its effect" if self.done[index] == vcpu.regs.rip else ""
+            what = f"KVM_EXIT_INTERNAL_ERROR for an instruction of {who}{which}"
             self.sink.violated("architecture", what, f"{vcpu.thread.name} at rip {vcpu.regs.rip:#x}")
 
     def instruction_done(self, index: int) -> None:

@@ -25,6 +25,15 @@ def test_an_internal_error_for_user_code_is_found() -> None:
     assert what_is_found(m) == "KVM_EXIT_INTERNAL_ERROR for an instruction of guest user code"
 
 
+def test_an_internal_error_where_user_code_had_only_to_be_skipped_is_told_apart() -> None:
+    m = ran()
+    m.kvm.vcpus[0].regs.cpl = 3
+    m.kvm.observer.instruction_done(0)
+    with pytest.raises(RunStop):
+        m.kvm.observer.internal_error(0)
+    assert what_is_found(m) == "KVM_EXIT_INTERNAL_ERROR for an instruction of guest user code that has had its effect"
+
+
 def test_an_internal_error_for_an_l2_guest_is_found() -> None:
     m = ran()
     m.kvm.vcpus[0].guest_mode = True
