@@ -50,6 +50,7 @@ from mmufuzz.kvm.opcode_table import (
     STRING,
     UNUSUAL,
 )
+from mmufuzz.x86 import alu
 from mmufuzz.x86.execute_vector import write_mmx
 from mmufuzz.x86.state import FLAG_DF, FLAG_RF, FLAG_ZF, PFERR_WRITE, VECTOR_GP, VECTOR_PF, VECTOR_UD, Fault
 
@@ -102,9 +103,12 @@ def x86_decode_insn(ctxt: X86EmulateCtxt, trap_ud: bool) -> None:
 
 def _fetch_bytes(ctxt: X86EmulateCtxt, done: int, wanted: int) -> bytes:
     """emulate.c:__do_insn_fetch_bytes: up to 15 bytes, the end of the page, or of the segment. #GP(0) for fewer."""
-    ea = ctxt.eip + done & MASK64
+    ea = ctxt.eip + done
+    if ea >= alu.SHORT:
+        ea &= MASK64
     linear = code_address(ctxt, ea)
-    size = min(MAX_FETCH - done, code_limit(ctxt, ea), PAGE_SIZE - (linear & PAGE_SIZE - 1))
+    in_page = PAGE_SIZE - (linear & PAGE_SIZE - 1)
+    size = min(min(MAX_FETCH - done, in_page), code_limit(ctxt, ea))  # noqa: PLW3301 - mypyc knows min() of two
     if size < wanted:
         raise Fault(VECTOR_GP, 0)
     return ctxt.ops.fetch(linear, size)
@@ -212,7 +216,11 @@ def writeback(ctxt: X86EmulateCtxt, operand: Operand) -> None:
             assign_reg(ctxt.gpr, operand.reg, operand.val, operand.bytes)
     elif kind == MEM:
         size = operand.bytes
-        operand.val &= (1 << (size << 3)) - 1
+        if size < 8:
+            operand.val &= alu.mask(size)
+        elif operand.val < 0:
+            # A sign-extended immediate.
+            operand.val &= MASK64
         if ctxt.lock_prefix and ctxt.fixes.locked_atomic:
             segmented_cmpxchg(ctxt, operand)
         else:

@@ -141,12 +141,15 @@ class X86EmulateCtxt:
         self.cmpxchg_failed = False
         self.io_needed = False
         self.perm_ok = False
-        self.mem_read.clear()
+        if self.mem_read:
+            self.mem_read.clear()
         self.mem_read_bytes = 0
-        self.io_read.clear()
+        if self.io_read:
+            self.io_read.clear()
         self.io_read_pos = 0
         self.io_read_used = False
-        self.accesses.clear()
+        if self.accesses:
+            self.accesses.clear()
         self.recalculate_mode()
 
     def recalculate_mode(self) -> None:
@@ -173,7 +176,7 @@ class X86EmulateCtxt:
 def assign_reg(gpr: list[int], index: int, value: int, size: int) -> None:
     """kvm_emulate.h:insn_assign_reg, emulate.c:assign_register: 4 bytes clear the upper half, 1 and 2 keep the rest."""
     if size == 8:
-        gpr[index] = value & MASK64
+        gpr[index] = value if 0 <= value < alu.SHORT else value & MASK64
     elif size == 4:
         gpr[index] = value & MASK32
     else:
@@ -184,7 +187,7 @@ def assign_reg(gpr: list[int], index: int, value: int, size: int) -> None:
 def address_mask(insn: Decoded, value: int) -> int:
     """emulate.c:address_mask."""
     if insn.ad_bytes == 8:
-        return value & MASK64
+        return value if 0 <= value < alu.SHORT else value & MASK64
     return value & (MASK32 if insn.ad_bytes == 4 else 0xFFFF)
 
 

@@ -65,7 +65,8 @@ def set_operands(ctxt: X86EmulateCtxt, insn: Decoded) -> None:
     ctxt.d = insn.d
     ctxt.op_bytes = insn.op_bytes
     ctxt.lock_prefix = insn.lock
-    ctxt.next_eip = ctxt.eip + insn.length & MASK64
+    following = ctxt.eip + insn.length
+    ctxt.next_eip = following if following < alu.SHORT else following & MASK64
     entry = insn.entry
     decode_operand(ctxt, ctxt.src, entry.src, insn.imm)
     if entry.src2 == OP_NONE:

@@ -61,7 +61,7 @@ class Replay(Bus):
         """The access that the page fault interrupted."""
         self.stores: list[Store] = []
         self.budget = 0
-        """Bytes that the emulator wrote."""
+        """Bytes that the emulator wrote and the executor has not stored yet."""
         self.system = False
         self.privilege = True
         """Every access so far was made with the privilege that the emulator used."""
@@ -217,15 +217,16 @@ class Replay(Bus):
 
     def same_writes(self) -> bool:
         """The emulator wrote what the executor stored, byte by byte, and locked where that locks."""
-        writes = self.writes
         stores = self.stores
-        if len(writes) == 1 and len(stores) == 1:
-            write = writes[0]
-            store = stores[0]
-            if write.gva == store.gva and write.size == store.size and write.value == store.value:
-                return write.kind & ~SYSTEM == (CMPXCHG if store.locked else WRITE)
-        if not writes and not stores:
+        if not self.budget and not stores:
             return True
+        if len(stores) == 1 and not self.budget:
+            store = stores[0]
+            write = self.accesses[self.count - 1]
+            if write.gva == store.gva and write.value == store.value and write.size == store.size and _is_write(write):
+                # The only write, as it is all that was written.
+                return write.kind & ~SYSTEM == (CMPXCHG if store.locked else WRITE)
+        writes = self.writes
         emulated: dict[int, int] = {}
         for write in writes:
             for place in range(write.size):

@@ -43,7 +43,7 @@ def test_sequences_leave_what_hardware_leaves(bits: int) -> None:
 def test_many_sequences_leave_what_hardware_leaves(bits: int) -> None:
     comparer = Comparer(bits, 2)
     for _ in range(100_000):
-        comparer.sequence(6)
+        comparer.sequence(4)
     print(f"{bits}-bit: {sum(comparer.used.values())} instructions, {comparer.explained}")
     assert comparer.unexplained == []
 
