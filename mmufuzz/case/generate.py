@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from mmufuzz.case.generate_emulate import emulate_scene
 from mmufuzz.case.generate_exits import exits_scene
 from mmufuzz.case.generate_insn import PLAIN, RMW, UNEMULATED, VECTOR
 from mmufuzz.case.generate_vm import DEFAULT, MMIO, PML4_SPAN, GenerateOptions, Machine, Machines
@@ -26,6 +27,7 @@ MMIO_ACCESS: Final = "mmio"  # an access outside every slot that KVM may be unab
 FOREIGN_TABLE: Final = "foreign-table"  # FLAT32 stores, not to be emulated, into another vCPU's table
 WRITE_TRACK: Final = "write-track"  # stores to a frame that an external user tracks
 FREE: Final = "free"
+EMULATE: Final = "emulate"  # any instruction at all, emulated
 EXITS: Final = "exits"  # MMIO, ports, breakpoints, exceptions: what exits, and how KVM completes it
 
 SHAPES: Final = (
@@ -35,7 +37,8 @@ SHAPES: Final = (
     (MMIO_ACCESS, 7),
     (FOREIGN_TABLE, 12),
     (WRITE_TRACK, 8),
-    (FREE, 15),
+    (FREE, 11),
+    (EMULATE, 4),
     (EXITS, 10),
 )
 """Shapes and how many of a hundred Cases have them."""
@@ -73,6 +76,8 @@ def generate_shape(rng: Rng, shape: str, options: GenerateOptions = DEFAULT) -> 
         _foreign_table(vm)
     elif shape == WRITE_TRACK:
         _write_track(vm)
+    elif shape == EMULATE:
+        emulate_scene(vm)
     elif shape == EXITS:
         exits_scene(vm)
     else:

@@ -96,7 +96,7 @@ def emulate(ctxt: X86EmulateCtxt) -> int:
     """One trip through the emulator, as x86_emulate_instruction makes it; RIP and RFLAGS are committed."""
     try:
         x86_decode_insn(ctxt, False)
-    except EmulationFailed:
+    except (EmulationFailed, Fault):
         return EMULATION_FAILED
     result = EMULATION_RESTART
     while result == EMULATION_RESTART:
