@@ -216,12 +216,13 @@ def _deliver_real(regs: Regs, bus: Bus, vector: int, following: int) -> None:
     """Real-address mode: a far pointer in the table, a frame of three words, no error code (SDM vol. 3, 20.1.4)."""
     if vector * 4 + 3 > regs.idt_limit:
         raise Fault(VECTOR_GP, 0)
-    pointer = bus.load_system(regs, regs.idt_base + vector * 4, 4)
     old_rsp = regs.gpr[RSP]
     try:
         push(regs, bus, 2, regs.rflags & 0xFFFF)
         push(regs, bus, 2, regs.segments[CS].selector)
         push(regs, bus, 2, following & 0xFFFF)
+        # Behind the pushes (SDM vol. 2, INT n), which may be into the table.
+        pointer = bus.load_system(regs, regs.idt_base + vector * 4, 4)
     except Fault:
         regs.gpr[RSP] = old_rsp
         raise

@@ -250,3 +250,11 @@ def test_a_divide_error_in_real_address_mode_goes_through_the_vector_table() -> 
     )
     assert (made.stop, made.registers["cs"], made.registers["esp"]) == ("halt", 0x1500, 0x41FA)
     assert made.memory[0x4000][0x1FA:0x1FE] == bytes.fromhex("00100000")
+
+
+def test_in_real_address_mode_the_vector_is_read_behind_the_pushes() -> None:
+    """The frame lies over the vector: CS:IP of the interrupted code is where the handler is."""
+    made = execute(
+        bytes.fromhex("cd00f4"), mode=16, registers={"esp": 6, "idt_limit": 0x3FF}, memory={0: bytes(16)}, origin=0x1000
+    )
+    assert (made.stop, made.registers["cs"], made.registers["esp"]) == ("halt", 0, 0)
