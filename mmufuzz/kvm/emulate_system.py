@@ -8,6 +8,7 @@ from mmufuzz.host.memory import PAGE_SIZE
 from mmufuzz.kvm.emulate_checks import bad_iopl
 from mmufuzz.kvm.emulate_ctxt import (
     MASK32,
+    MASK64,
     MEM,
     MEM_STR,
     MODE_PROT64,
@@ -107,7 +108,7 @@ def load_table(ctxt: X86EmulateCtxt) -> None:
     src = ctxt.src
     size = 8 if ctxt.mode == MODE_PROT64 else ctxt.op_bytes
     limit = segmented_read_std(ctxt, src.segment, src.ea, 2)
-    base = segmented_read_std(ctxt, src.segment, src.ea + 2, 3 if size == 2 else size)
+    base = segmented_read_std(ctxt, src.segment, src.ea + 2 & MASK64, 3 if size == 2 else size)
     if ctxt.mode == MODE_PROT64 and is_noncanonical(ctxt, base):
         raise Fault(VECTOR_GP, 0)
     regs = ctxt.regs

@@ -21,6 +21,7 @@ from mmufuzz.oracle.emulator_compare import (
     RIP,
     SEGMENTS,
     SYSTEM,
+    VECTORS,
     X87,
     Comparison,
 )
@@ -36,7 +37,9 @@ from mmufuzz.x86.state import (
     VECTOR_UD,
 )
 
-_OUTCOME: Final = (EXCEPTION, ERROR_CODE, ADDRESS, ACCESSES, MEMORY, GPR, RIP, FLAGS, SEGMENTS, SYSTEM, X87)
+_OUTCOME: Final = (
+    *(EXCEPTION, ERROR_CODE, ADDRESS, ACCESSES, MEMORY, GPR, RIP, FLAGS, SEGMENTS, SYSTEM, X87, VECTORS),
+)
 """One of them completes or both fault, but not in the same way."""
 
 
@@ -155,6 +158,9 @@ def _several_stores(made: Comparison) -> bool:
 
 
 def _far_order(made: Comparison) -> bool:
+    if made.decoded.name == "callf" and made.after.long_mode != made.mode64:
+        # It pushes with the stack pointer of the new code's width.
+        return True
     faults = made.emulated_vector >= 0 or made.expected_vector >= 0
     return made.decoded.name in ("callf", "jmpf", "retf", "iret", "int", "int3", "into") and faults
 
@@ -164,7 +170,14 @@ def _interrupt_size(made: Comparison) -> bool:
 
 
 def _read_ahead(made: Comparison) -> bool:
-    return made.decoded.name == "ins" and made.decoded.rep != 0 and made.emulated_vector >= 0
+    insn = made.decoded
+    if insn.name != "ins" or insn.rep == 0:
+        return False
+    if made.emulated_vector >= 0:
+        return True
+    # A piece that runs past the width of the address: element by element it would go on at the beginning.
+    end = 1 << 8 * insn.ad_bytes
+    return any(access.size > insn.op_bytes and access.gva % end + access.size > end for access in made.accesses)
 
 
 def _lgdt16(made: Comparison) -> bool:

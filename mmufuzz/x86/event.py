@@ -18,6 +18,7 @@ from mmufuzz.x86.segments import (
     install_descriptor,
     mark_accessed,
     read_descriptor,
+    table_address,
 )
 from mmufuzz.x86.state import (
     EFER_LMA,
@@ -97,15 +98,15 @@ def inner_stack(regs: Regs, bus: Bus, level: int, external: int, ist: int = 0) -
         place = 0x1C + 8 * ist if ist else 4 + 8 * level
         if tss.rights & RIGHTS_UNUSABLE or place + 7 > tss.limit:
             raise Fault(VECTOR_TS, error)
-        return NewStack(regs, bus, level, bus.load_system(regs, tss.base + place, 8), None)
+        return NewStack(regs, bus, level, bus.load_system(regs, table_address(regs, tss.base + place), 8), None)
     if tss.rights & 0xD != 9:
         # A 16-bit TSS.
         raise Unsupported
     place = 4 + 8 * level
     if place + 5 > tss.limit:
         raise Fault(VECTOR_TS, error)
-    pointer = bus.load_system(regs, tss.base + place, 4)
-    selector = bus.load_system(regs, tss.base + place + 4, 2)
+    pointer = bus.load_system(regs, table_address(regs, tss.base + place), 4)
+    selector = bus.load_system(regs, table_address(regs, tss.base + place + 4), 2)
     if selector & 0xFFFC == 0:
         raise Fault(VECTOR_TS, external)
     descriptor = check_stack_segment(regs, bus, selector, level, VECTOR_TS, VECTOR_SS, external)
@@ -127,7 +128,7 @@ def deliver(regs: Regs, bus: Bus, vector: int, error_code: int, following: int, 
     width = 16 if long else 8
     if vector * width + width - 1 > regs.idt_limit:
         raise Fault(VECTOR_GP, error)
-    gate = Descriptor(0, bus.load_system(regs, regs.idt_base + vector * width, 8))
+    gate = Descriptor(0, bus.load_system(regs, table_address(regs, regs.idt_base + vector * width), 8))
     if not gate.is_system or gate.type not in ((14, 15) if long else (5, 6, 7, 14, 15)):
         raise Fault(VECTOR_GP, error)
     if software and gate.dpl < regs.cpl:
@@ -141,7 +142,7 @@ def deliver(regs: Regs, bus: Bus, vector: int, error_code: int, following: int, 
     if gate.type >= 14:
         offset |= gate.word >> 32 & 0xFFFF0000
     if long:
-        offset |= bus.load_system(regs, regs.idt_base + vector * 16 + 8, 4) << 32
+        offset |= bus.load_system(regs, table_address(regs, regs.idt_base + vector * 16 + 8), 4) << 32
     selector = gate.word >> 16 & 0xFFFF
     code = _handler_code(regs, bus, selector, external)
     flags = regs.rflags
@@ -222,7 +223,7 @@ def _deliver_real(regs: Regs, bus: Bus, vector: int, following: int) -> None:
         push(regs, bus, 2, regs.segments[CS].selector)
         push(regs, bus, 2, following & 0xFFFF)
         # Behind the pushes (SDM vol. 2, INT n), which may be into the table.
-        pointer = bus.load_system(regs, regs.idt_base + vector * 4, 4)
+        pointer = bus.load_system(regs, table_address(regs, regs.idt_base + vector * 4), 4)
     except Fault:
         regs.gpr[RSP] = old_rsp
         raise

@@ -37,6 +37,7 @@ from mmufuzz.x86.segments import (
     load_segment,
     mark_accessed,
     read_descriptor,
+    table_address,
 )
 from mmufuzz.x86.state import (
     EFER_LMA,
@@ -185,7 +186,7 @@ def _read_gate(regs: Regs, bus: Bus, selector: int, gate: Descriptor) -> tuple[i
         raise Fault(VECTOR_NP, error)
     offset = gate.word & 0xFFFF | gate.word >> 32 & 0xFFFF0000
     if regs.efer & EFER_LMA:
-        high = bus.load_system(regs, gate.address + 8, 8)
+        high = bus.load_system(regs, table_address(regs, gate.address + 8), 8)
         if high >> 40 & 0x1F:
             raise Fault(VECTOR_GP, error)
         offset |= (high & MASK32) << 32

@@ -7,6 +7,7 @@ from typing import Final
 from mmufuzz.x86 import alu
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.insn import CS, FS, HIGH8, IMM, NO_REG, REG, RIP, SS, TR, Insn, Operand
+from mmufuzz.x86.segments import table_address
 from mmufuzz.x86.state import (
     FLAG_CF,
     FLAG_OF,
@@ -260,8 +261,8 @@ def check_io(regs: Regs, bus: Bus, port: int, size: int) -> None:
     # Only 32-bit and 64-bit TSSs, of types 9 and 11, have a bitmap.
     if tss.rights & RIGHTS_UNUSABLE or tss.rights & 0xD != 9 or tss.limit < 0x67:
         raise Fault(VECTOR_GP, 0)
-    place = bus.load_system(regs, tss.base + 0x66, 2) + (port >> 3)
+    place = bus.load_system(regs, table_address(regs, tss.base + 0x66), 2) + (port >> 3)
     if place + 1 > tss.limit:
         raise Fault(VECTOR_GP, 0)
-    if bus.load_system(regs, tss.base + place, 2) >> (port & 7) & (1 << size) - 1:
+    if bus.load_system(regs, table_address(regs, tss.base + place), 2) >> (port & 7) & (1 << size) - 1:
         raise Fault(VECTOR_GP, 0)

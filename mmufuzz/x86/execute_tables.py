@@ -29,6 +29,7 @@ from mmufuzz.x86.segments import (
     install,
     load_segment,
     read_descriptor,
+    table_address,
 )
 from mmufuzz.x86.state import (
     EFER_LMA,
@@ -137,12 +138,12 @@ def load_system_segment(regs: Regs, insn: Insn, bus: Bus) -> None:
         raise Fault(VECTOR_NP, error)
     base = descriptor.base
     if long:
-        base |= (bus.load_system(regs, descriptor.address + 8, 8) & MASK32) << 32
+        base |= (bus.load_system(regs, table_address(regs, descriptor.address + 8), 8) & MASK32) << 32
         if not is_canonical(regs, base):
             raise Fault(VECTOR_GP, error)
     rights = descriptor.rights
     if index == TR:
-        bus.store_system(regs, descriptor.address + 5, 1, rights & 0xFF | 2)
+        bus.store_system(regs, table_address(regs, descriptor.address + 5), 1, rights & 0xFF | 2)
         rights |= 2
     install(regs, index, selector, base, descriptor.limit, rights)
     advance(regs, insn)

@@ -62,6 +62,11 @@ class Descriptor:
         return not self.is_system and self.type & (TYPE_CODE | TYPE_RW) == TYPE_RW
 
 
+def table_address(regs: Regs, address: int) -> int:
+    """Linear address of an entry of a descriptor table, or of a field of a TSS: outside long mode it has 32 bits."""
+    return address & (0xFFFFFFFFFFFFFFFF if regs.efer & EFER_LMA else 0xFFFFFFFF)
+
+
 def read_descriptor(regs: Regs, bus: Bus, selector: int, vector: int = VECTOR_GP, external: int = 0) -> Descriptor:
     """The descriptor that ``selector`` names. Raises ``vector``, with the selector, beyond the table's limit."""
     error = selector & 0xFFFC | external
@@ -75,14 +80,15 @@ def read_descriptor(regs: Regs, bus: Bus, selector: int, vector: int = VECTOR_GP
         limit = ldt.limit
     if (selector | 7) > limit:
         raise Fault(vector, error)
-    address = base + (selector & 0xFFF8)
+    address = table_address(regs, base + (selector & 0xFFF8))
     return Descriptor(address, bus.load_system(regs, address, 8))
 
 
 def mark_accessed(regs: Regs, bus: Bus, descriptor: Descriptor) -> None:
     """Set the accessed bit of a code or data descriptor that lacks it."""
     if not descriptor.type & TYPE_ACCESSED:
-        bus.store_system(regs, descriptor.address + 5, 1, descriptor.word >> 40 & 0xFF | TYPE_ACCESSED)
+        address = table_address(regs, descriptor.address + 5)
+        bus.store_system(regs, address, 1, descriptor.word >> 40 & 0xFF | TYPE_ACCESSED)
         descriptor.rights |= TYPE_ACCESSED
 
 

@@ -255,6 +255,33 @@ def test_a_listed_deviation_is_what_the_emulator_does(name: str) -> None:
     assert explain(made) == name
 
 
+def _wrapping_destination(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RCX] = 3
+    regs.gpr[RDI] = SIZE - 2
+    bus.memory.extend(bytes(16))
+
+
+def _stack_that_wraps(regs: Regs, bus: Memory) -> None:
+    """A far pointer to 32-bit code, and a stack pointer whose second push wraps."""
+    regs.gpr[RSP] = 6
+    regs.gpr[RAX] = DATA
+    bus.poke(DATA, 6, 8 << 32)
+    bus.poke(GDT + 8, 8, 0x00CF9B000000FFFF)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("ins-read-ahead", Shown(32, "f3676d", _wrapping_destination)),
+        ("far-order", Shown(64, "ff18", _stack_that_wraps)),
+    ],
+)
+def test_a_deviation_shows_in_other_ways_too(name: str, shown: Shown) -> None:
+    made = compared(shown)
+    assert made.differences
+    assert explain(made) == name
+
+
 @pytest.mark.parametrize("name", [deviation.name for deviation in DEVIATIONS])
 def test_a_deviation_explains_nothing_else(name: str) -> None:
     deviation = next(deviation for deviation in DEVIATIONS if deviation.name == name)

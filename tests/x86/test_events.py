@@ -16,6 +16,7 @@ from descriptor_tables import (
     STACK,
     TSS_SELECTOR,
     asm,
+    descriptor,
     enter_user,
     gate,
     in_code0,
@@ -77,6 +78,17 @@ def test_a_null_stack_selector_is_allowed_in_64_bit_code_at_cpl_0() -> None:
 def test_an_access_through_a_null_selector_is_gp_outside_64_bit_code() -> None:
     lines = ("xor eax, eax", "mov ds, eax", "mov ecx, [0x14000]")
     assert (run(32, asm(*lines, mode=32)).vector, run(64, asm(*lines)).vector) == (13, -1)
+
+
+def test_tables_wrap_at_4_gib_outside_long_mode() -> None:
+    data = descriptor(0x13).to_bytes(8, "little")
+    made = execute(
+        asm("mov eax, 8", "mov es, eax", mode=32),
+        mode=32,
+        registers={"gdt_base": 0xFFFFFFF8, "gdt_limit": 0xF},
+        memory={0: data},
+    )
+    assert (made.stop, made.registers["es"], made.memory[0][5] & 1) == ("end", 8, 1)
 
 
 def test_limits_count_outside_64_bit_code() -> None:
