@@ -14,6 +14,7 @@ from mmufuzz.x86.execute_operands import (
     RDX,
     advance,
     bit_offset,
+    check_vex,
     condition,
     linear,
     load_operand,
@@ -23,7 +24,7 @@ from mmufuzz.x86.execute_operands import (
     write_reg,
 )
 from mmufuzz.x86.insn import MEM, Insn
-from mmufuzz.x86.opcodes import MNEMONICS
+from mmufuzz.x86.opcodes import MAP_VEX, MNEMONICS
 from mmufuzz.x86.state import FLAG_CF, FLAG_OF, FLAG_ZF, VECTOR_BR, VECTOR_DE, VECTOR_GP, Fault, Regs
 
 _Binary = Callable[[int, int, int, int], tuple[int, int]]
@@ -86,6 +87,8 @@ def unary(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 def source_only(regs: Regs, insn: Insn, bus: Bus) -> None:
     """BSF, BSR, TZCNT, LZCNT, POPCNT, BLSR, BLSMSK, BLSI, and ADCX and ADOX: a register from itself and a source."""
+    if insn.opcode_map >= MAP_VEX:
+        check_vex(regs)
     dst = insn.operands[0]
     source = load_operand(regs, insn, bus, insn.operands[1])
     old = read_reg(regs, dst.index, dst.size)
@@ -97,6 +100,7 @@ def source_only(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 def three(regs: Regs, insn: Insn, bus: Bus) -> None:
     """ANDN, BZHI, BEXTR, SHLX, SHRX, SARX, PEXT, PDEP, RORX: a register from two sources."""
+    check_vex(regs)
     dst = insn.operands[0]
     first = load_operand(regs, insn, bus, insn.operands[1])
     second = load_operand(regs, insn, bus, insn.operands[2])
@@ -176,6 +180,7 @@ def signed_multiply(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 def multiply_without_flags(regs: Regs, insn: Insn, bus: Bus) -> None:
     """MULX: rDX times the source; the high half wins if the two destinations are one register."""
+    check_vex(regs)
     high = insn.operands[0]
     low = insn.operands[1]
     size = high.size

@@ -18,6 +18,7 @@ from mmufuzz.x86.state import (
     RIGHTS_UNUSABLE,
     VECTOR_GP,
     VECTOR_SS,
+    VECTOR_UD,
     Fault,
     Regs,
     Segment,
@@ -216,6 +217,12 @@ def require_cpl0(regs: Regs) -> None:
     """Raise #GP(0) unless the current privilege level is 0."""
     if regs.cpl != 0:
         raise Fault(VECTOR_GP, 0)
+
+
+def check_vex(regs: Regs) -> None:
+    """Real-address mode has no VEX: #UD (SDM vol. 2, 2.3)."""
+    if regs.real_mode:
+        raise Fault(VECTOR_UD)
 
 
 # The stack.

@@ -1,6 +1,6 @@
 """MMX, SSE and AVX data movement: mostly stores that KVM's emulator lacks.
 
-CR4.OSFXSR, CR4.OSXSAVE and XCR0 are taken to be as an operating system sets them for SSE and AVX use.
+CR4.OSFXSR and CR4.OSXSAVE are taken to be as an operating system sets them for SSE and AVX use.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.execute_operands import (
     RDI,
     advance,
+    check_vex,
     linear,
     load_operand,
     operand_address,
@@ -26,6 +27,7 @@ from mmufuzz.x86.state import CR0_EM, CR0_TS, VECTOR_GP, VECTOR_MF, VECTOR_NM, V
 _UPPER_HALF: Final = ((1 << 128) - 1) << 128
 _MASK64: Final = (1 << 64) - 1
 _MASK128: Final = (1 << 128) - 1
+_XCR0_AVX: Final = 6
 _MXCSR_RESERVED: Final = 0xFFFF0000
 # An MMX register is the significand of an x87 register whose sign and exponent are all ones (SDM vol. 1, 9.2.1).
 _MMX_TOP: Final = 0xFFFF << 64
@@ -43,15 +45,21 @@ def _low(value: int, size: int) -> int:
     return value & ((1 << 8 * size) - 1)
 
 
-def check_enabled(regs: Regs) -> None:
-    """#UD with CR0.EM, #NM with CR0.TS."""
-    if regs.cr0 & (CR0_EM | CR0_TS):
-        raise Fault(VECTOR_UD if regs.cr0 & CR0_EM else VECTOR_NM)
+def check_enabled(regs: Regs, insn: Insn) -> None:
+    """#UD with CR0.EM, or for VEX in real-address mode and without AVX in XCR0; #NM with CR0.TS."""
+    if insn.opcode_map >= MAP_VEX:
+        check_vex(regs)
+        if regs.xcr0 & _XCR0_AVX != _XCR0_AVX:
+            raise Fault(VECTOR_UD)
+    elif regs.cr0 & CR0_EM:
+        raise Fault(VECTOR_UD)
+    if regs.cr0 & CR0_TS:
+        raise Fault(VECTOR_NM)
 
 
 def check_mmx(regs: Regs, insn: Insn) -> None:
     """``check_enabled``, and #MF for a pending exception of the x87 if an MMX register is among the operands."""
-    check_enabled(regs)
+    check_enabled(regs, insn)
     if regs.fsw & SUMMARY:
         for operand in insn.operands:
             if operand.kind == MMX:
@@ -117,7 +125,7 @@ def move(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 def move_scalar(regs: Regs, insn: Insn, bus: Bus) -> None:
     """MOVSS and MOVSD: a load clears the rest of bits 127..0, a register move takes it from the second operand."""
-    check_enabled(regs)
+    check_enabled(regs, insn)
     dst = insn.operands[0]
     src = insn.operands[len(insn.operands) - 1]
     value = _load(regs, insn, bus, src)
@@ -134,7 +142,7 @@ def move_scalar(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 def move_half(regs: Regs, insn: Insn, bus: Bus) -> None:
     """MOVLPS, MOVHPS, MOVLPD, MOVHPD, MOVHLPS, MOVLHPS: one half of a vector register."""
-    check_enabled(regs)
+    check_enabled(regs, insn)
     dst = insn.operands[0]
     src = insn.operands[len(insn.operands) - 1]
     high = insn.mnemonic in _HIGH
@@ -158,7 +166,7 @@ def move_half(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 def duplicate(regs: Regs, insn: Insn, bus: Bus) -> None:
     """MOVDDUP, MOVSLDUP, MOVSHDUP: each second element twice."""
-    check_enabled(regs)
+    check_enabled(regs, insn)
     dst = insn.operands[0]
     src = insn.operands[1]
     if insn.opcode_map < MAP_VEX and src.size == 16:
@@ -193,7 +201,7 @@ def masked_store(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 def zero_upper(regs: Regs, insn: Insn, bus: Bus) -> None:
     """VZEROUPPER and VZEROALL, of 16 registers in 64-bit code and 8 elsewhere."""
-    check_enabled(regs)
+    check_enabled(regs, insn)
     kept = 0 if insn.mnemonic == "vzeroall" else _MASK128
     for index in range(16 if regs.long_mode else 8):
         regs.xmm[index] &= kept
@@ -202,7 +210,7 @@ def zero_upper(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 def empty_mmx(regs: Regs, insn: Insn, bus: Bus) -> None:
     """EMMS."""
-    check_enabled(regs)
+    check_enabled(regs, insn)
     if regs.fsw & SUMMARY:
         raise Fault(VECTOR_MF)
     regs.ftw = 0
@@ -211,7 +219,7 @@ def empty_mmx(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 def control_word(regs: Regs, insn: Insn, bus: Bus) -> None:
     """LDMXCSR and STMXCSR."""
-    check_enabled(regs)
+    check_enabled(regs, insn)
     operand = insn.operands[0]
     if insn.mnemonic.endswith("stmxcsr"):
         store_operand(regs, insn, bus, operand, regs.mxcsr)

@@ -9,7 +9,7 @@ from typing import Final
 
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.execute_operands import MASK64, RAX, RDX, advance, operand_address, read_reg
-from mmufuzz.x86.execute_vector import check_enabled, checked_mxcsr
+from mmufuzz.x86.execute_vector import checked_mxcsr
 from mmufuzz.x86.execute_x87 import control_word, reset, summarize
 from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.state import CR0_EM, CR0_TS, MXCSR_RESET, VECTOR_GP, VECTOR_NM, Fault, Regs
@@ -90,6 +90,12 @@ def fxsave(regs: Regs, insn: Insn, bus: Bus) -> None:
     advance(regs, insn)
 
 
+def _check_switched(regs: Regs) -> None:
+    """#NM with CR0.TS; CR0.EM is of no account to XSAVE and its counterparts."""
+    if regs.cr0 & CR0_TS:
+        raise Fault(VECTOR_NM)
+
+
 def _check_fx(regs: Regs) -> None:
     """FXSAVE and FXRSTOR raise #NM where SSE instructions raise #UD."""
     if regs.cr0 & (CR0_EM | CR0_TS):
@@ -150,7 +156,7 @@ def _requested(regs: Regs) -> int:
 
 def xsave(regs: Regs, insn: Insn, bus: Bus) -> None:
     """XSAVE, XSAVEOPT and XSAVEC; the last in the compacted format, where AVX has the same place."""
-    check_enabled(regs)
+    _check_switched(regs)
     wanted = _requested(regs)
     compacted = insn.mnemonic == "xsavec"
     address = _area(regs, insn, _AVX_AREA + (256 if wanted & AVX else 0), 64, True)
@@ -171,7 +177,7 @@ def xsave(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 def xrstor(regs: Regs, insn: Insn, bus: Bus) -> None:
     """XRSTOR, of either format. Components that the area does not hold are initialized."""
-    check_enabled(regs)
+    _check_switched(regs)
     wanted = _requested(regs)
     address = _area(regs, insn, _AVX_AREA, 64, False)
     present = bus.load(regs, address + _HEADER, 8, False, False)

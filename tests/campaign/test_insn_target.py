@@ -33,7 +33,7 @@ def test_the_committed_seeds_reach_every_entry_in_every_mode() -> None:
     reach = reach_of([SEEDS])
     for bits in MODES:
         assert reach.missing(bits) == []
-        assert len(reach.retired[bits]) > 0.8 * len(entries(bits))
+        assert len(reach.retired[bits]) > 0.75 * len(entries(bits))
 
 
 def test_the_entries_of_all_modes_are_the_whole_table() -> None:

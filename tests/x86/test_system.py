@@ -474,5 +474,22 @@ def test_a_compacted_header_names_what_it_holds() -> None:
 
 
 def test_saved_state_needs_the_x87_enabled() -> None:
-    for line, cr0, vector in (("fxsave [rbx]", 5, 7), ("xsave [rbx]", 5, 6), ("xsave [rbx]", 9, 7)):
+    lines = (("fxsave [rbx]", 5, 7), ("xsave [rbx]", 5, -1), ("xsave [rbx]", 9, 7), ("movups xmm0, [rbx]", 5, 6))
+    for line, cr0, vector in (*lines, ("vmovups xmm0, [rbx]", 5, -1), ("vmovups xmm0, [rbx]", 9, 7)):
         assert area(line, cr0=cr0).vector == vector
+
+
+def test_avx_needs_its_state_enabled_and_vex_protected_mode() -> None:
+    off = ("mov eax, 3", "xor edx, edx", "xor ecx, ecx", "xsetbv")
+    assert area(*off, "vmovups xmm0, [rbx]").vector == 6
+    assert area(*off, "andn eax, ebx, ecx").stop == "end"
+    for code in ("c5f81007", "c4e260f2c1", "c4e278f3c9", "c4e263f6c1", "c5f877"):
+        assert execute(bytes.fromhex(code), mode=16, memory={0x2000: bytes(16)}).vector == 6
+    # TZCNT is of BMI1 too, but has no VEX.
+    assert execute(bytes.fromhex("f30fbcc1"), mode=16).stop == "end"
+
+
+@pytest.mark.parametrize("line", ["movq mm0, mm1", "movd eax, mm0", "emms", "movq2dq xmm0, mm1", "movq mm0, [rbx]"])
+def test_mmx_raises_a_pending_exception_of_the_x87(line: str) -> None:
+    assert area(line, fsw=0x81, fcw=0x37E).vector == 16
+    assert area(line, fsw=1).stop == "end"
