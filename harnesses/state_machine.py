@@ -69,6 +69,15 @@ STORES_64: Final = (
 STORES_32: Final = ("8905", "8705", "f00fb10d", "f00fc70d", "f30f1105", "db3d", "f0810d")
 LOADS: Final = ("488b14 25", "8b15")
 INVLPGS: Final = ("0f013c 25", "0f013d")
+SET_EFER: Final = "b9800000c0b8{}31d20f30"  # mov ecx, EFER; mov eax, imm32; xor edx, edx; wrmsr
+EXITING: Final = (
+    "0fa2",  # cpuid
+    "e660",  # out 0x60, al
+    "e560",  # in eax, 0x60
+    "f4",  # hlt
+    SET_EFER.format("00050000"),  # LME and LMA, without NX
+    SET_EFER.format("000d0000"),  # with it
+)
 
 SITES: Final = st.integers(0, N_SITES - 1)
 ADDRESSES: Final = st.tuples(
@@ -206,6 +215,11 @@ class ShadowPaging(RuleBasedStateMachine):
         """MOV to CR3, of a root table or of a frame that is none."""
         self.builder.load_rax(vcpu, root << 12)
         self.builder.append(vcpu % len(self.builder.modes), b"\x0f\x22\xd8")
+
+    @rule(vcpu=VCPU, code=st.sampled_from(EXITING))
+    def exiting(self, vcpu: int, code: str) -> None:
+        """An instruction that exits by itself."""
+        self.builder.append(vcpu % len(self.builder.modes), bytes.fromhex(code))
 
     @rule(at=ADDRESSES, entry=ENTRIES)
     def initial_entry(self, at: tuple[int, int], entry: tuple[int, int]) -> None:
