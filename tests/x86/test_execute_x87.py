@@ -143,3 +143,101 @@ def test_integer_stores_round_as_asked(exponent: int, significand: int, negative
     expected = {NEAREST: round(number), DOWN: math.floor(number), UP: math.ceil(number), ZERO: math.trunc(number)}
     for rounding, integer in expected.items():
         assert to_integer(extended, 4, rounding)[0] == integer % (1 << 32)
+
+
+NAN = 0xFFFFC000000000000000
+ONE = 0x3FFF8000000000000000
+INVALID_STACK = 0x41
+UNMASKED = 0x37E
+"""FCW with the invalid-operation exception unmasked."""
+
+
+def test_the_load_of_an_empty_register_pushes_the_default_nan() -> None:
+    made = run("fld st0")
+    assert (made.registers["fpr7"], made.registers["fsw"]) == (NAN, 7 << 11 | INVALID_STACK)
+
+
+@pytest.mark.parametrize(
+    ("size", "bits", "pushed", "status"),
+    [
+        ("dword", 0x7F800001, 0x7FFFC000010000000000, 1),
+        ("qword", 0x7FF0000000000001, 0x7FFFC000000000000800, 1),
+        ("dword", 0xFFC00000, 0xFFFFC000000000000000, 0),
+        ("qword", 0x7FF0000000000000, 0x7FFF8000000000000000, 0),
+        ("dword", 1, 0x3F6A8000000000000000, 2),
+        ("qword", 1, 0x3BCD8000000000000000, 2),
+        ("dword", 0x80000000, 0x80000000000000000000, 0),
+    ],
+    ids=["SNaN", "SNaN double", "QNaN", "infinity", "denormal", "denormal double", "minus zero"],
+)
+def test_loads_widen_and_raise_what_they_should(size: str, bits: int, pushed: int, status: int) -> None:
+    made = run(f"fld {size} [rbx]", data=bits.to_bytes(8, "little"))
+    assert (made.registers["fpr7"], made.registers["fsw"] & 0x3F) == (pushed, status)
+
+
+def test_an_unmasked_invalid_operation_pushes_nothing() -> None:
+    made = run("fld dword [rbx]", data=b"\x01\0\x80\x7f", fcw=UNMASKED, ftw=0)
+    assert (made.registers["ftw"], made.registers["fsw"] >> 11 & 7, made.registers["fsw"] & 0x80) == (0, 0, 0x80)
+
+
+def test_an_exchange_with_an_empty_register_exchanges_the_default_nan() -> None:
+    made = run("fxch st1", fpr0=ONE, ftw=1)
+    assert (made.registers["fpr0"], made.registers["fpr1"], made.registers["ftw"]) == (NAN, ONE, 3)
+    stopped = run("fxch st1", fpr0=ONE, ftw=1, fcw=UNMASKED)
+    assert (stopped.registers["fpr0"], stopped.registers["ftw"]) == (ONE, 1)
+
+
+@pytest.mark.parametrize("line", ["fchs", "fabs"])
+def test_the_sign_of_an_empty_register_is_that_of_the_default_nan(line: str) -> None:
+    assert run(line).registers["fpr0"] == NAN
+    assert run(line, fcw=UNMASKED).registers["ftw"] == 0
+    assert run(line, fpr0=ONE | 1 << 79, ftw=1, fsw=0x200).registers["fsw"] == 0
+
+
+def test_a_register_store_from_an_empty_stack_stores_the_default_nan_if_masked() -> None:
+    assert run("fst st3").registers["fpr3"] == NAN
+    assert run("fst st3", fcw=UNMASKED).registers["ftw"] == 0
+
+
+def test_wait_looks_for_a_switched_task_and_a_pending_exception() -> None:
+    assert run("wait", cr0=0xB).vector == 7
+    assert run("wait", cr0=0x9).stop == "end"
+    assert run("wait", fsw=0x81, fcw=UNMASKED).vector == 16
+
+
+@pytest.mark.parametrize(
+    ("extended", "single"),
+    [
+        (0x407F8000000000000000, 0x7F800000),
+        (0x407EFFFFFF8000000000, 0x7F800000),
+        (0x3F818000000000000000, 0x00800000),
+        (0x3F80FFFFFF8000000000, 0x00800000),
+        (0x3F808000000000000000, 0x00400000),
+        (0x3FFF0000000000000001, 0xFFC00000),
+        (0x7FFF8000000000000001, 0x7FC00000),
+        (0x00018000000000000001, 0),
+    ],
+    ids=["too large", "rounds to infinity", "least normal", "rounds to normal", "denormal", "unnormal", "SNaN", "tiny"],
+)
+def test_a_store_narrows(extended: int, single: int) -> None:
+    made = run("fstp dword [rbx]", fpr0=extended, ftw=1)
+    assert int.from_bytes(made.memory[DATA][:4], "little") == single
+
+
+@pytest.mark.parametrize(
+    ("rounding", "single"), [(NEAREST, 0x7F800000), (DOWN, 0x7F7FFFFF), (UP, 0x7F800000), (ZERO, 0x7F7FFFFF)]
+)
+def test_an_overflow_is_infinity_or_the_largest_number_as_fcw_rounds(rounding: int, single: int) -> None:
+    made = run("fstp dword [rbx]", fpr0=0x407F8000000000000000, ftw=1, fcw=0x37F | rounding << 10)
+    assert int.from_bytes(made.memory[DATA][:4], "little") == single
+    assert made.registers["fsw"] & 0x28 == 0x28
+
+
+@pytest.mark.parametrize(
+    ("extended", "stored"),
+    [(0x403F8000000000000000, 0x8000), (0x400E8000000000000000, 0x8000), (0xC00E8000000000000000, 0x8000),
+     (0x7FFF8000000000000000, 0x8000), (0x3F008000000000000000, 0), (0x3FFEC000000000000000, 1)],
+)  # fmt: skip
+def test_an_integer_store_rounds_and_answers_the_indefinite(extended: int, stored: int) -> None:
+    made = run("fistp word [rbx]", fpr0=extended, ftw=1)
+    assert int.from_bytes(made.memory[DATA][:2], "little") == stored
