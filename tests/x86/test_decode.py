@@ -14,7 +14,7 @@ from mmufuzz.x86 import decode as decode_module
 from mmufuzz.x86.decode import FEP, Truncated, decode
 from mmufuzz.x86.executor import supported as executable
 from mmufuzz.x86.insn import HIGH8, IMM, MEM, NO_REG, REG, REL, REP_F2, REP_F3, REP_NONE, RIP, Insn, Operand
-from mmufuzz.x86.opcodes import FORMS
+from mmufuzz.x86.opcodes import FORMS, entries
 from mmufuzz.x86.state import NO_ERROR_CODE, VECTOR_GP, VECTOR_UD, Fault
 
 UD = (VECTOR_UD, NO_ERROR_CODE)
@@ -371,6 +371,21 @@ def test_addresses_that_are_not_accessed_have_size_0() -> None:
 def test_opcode_identity(code: str, identity: tuple[int, int, int, int]) -> None:
     insn = decoded(code)
     assert (insn.opcode_map, insn.opcode, insn.reg_field, insn.prefix) == identity
+
+
+# The tables.
+
+
+def test_the_entries_of_all_modes_are_the_whole_table() -> None:
+    assert {form.number for bits in (64, 32, 16) for form in entries(bits)} == set(range(len(FORMS)))
+    assert [form.number for form in FORMS] == list(range(len(FORMS)))
+
+
+def test_entries_that_a_mode_lacks_are_not_expected_there() -> None:
+    names = {bits: {form.mnemonic for form in entries(bits)} for bits in (64, 32, 16)}
+    assert "daa" in names[32] and "daa" not in names[64]
+    assert "syscall" in names[64] and "syscall" not in names[32]
+    assert "cmpxchg16b" in names[64] and "cmpxchg16b" not in names[16]
 
 
 # The cache.
