@@ -262,8 +262,8 @@ class Comparer:
     def guest_goes_on(self, ctxt: X86EmulateCtxt, before: Regs) -> bool:
         """Execute a repeated instruction until RIP is behind it, as the guest does; False if it changed itself."""
         while ctxt.insn.rep and ctxt.d & STRING and not ctxt.have_exception and ctxt.regs.rip == before.rip:
-            entry = ctxt.insn.entry
-            if emulate(ctxt) == EMULATION_FAILED or ctxt.insn.entry is not entry:
+            insn = ctxt.insn
+            if emulate(ctxt) == EMULATION_FAILED or ctxt.insn is not insn:
                 return False
         return True
 
