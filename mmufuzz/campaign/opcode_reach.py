@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmufuzz.campaign.files import InputError, reason
-from mmufuzz.campaign.insn_emulator import Place, place_of
+from mmufuzz.campaign.insn_emulator import EmulatorDiffers, Place, place_of
 from mmufuzz.campaign.insn_inputs import MODES, emulator_entries_of, entries_of
 from mmufuzz.campaign.insn_target import run
 from mmufuzz.kvm.opcode_table import Opcode
@@ -21,6 +21,8 @@ class OpcodeReach:
 
     def __init__(self) -> None:
         self.inputs = 0
+        self.differing: list[str] = []
+        """What was said of inputs on which the emulator differs; they reach nothing."""
         self.executed: dict[int, set[int]] = {bits: set() for bits in MODES}
         self.retired: dict[int, set[int]] = {bits: set() for bits in MODES}
         self.emulated: dict[int, set[Place]] = {bits: set() for bits in MODES}
@@ -28,7 +30,12 @@ class OpcodeReach:
     def add(self, data: bytes) -> None:
         """Execute an input."""
         self.inputs += 1
-        for step in run(data):
+        try:
+            steps = run(data)
+        except EmulatorDiffers as difference:
+            self.differing.append(str(difference))
+            return
+        for step in steps:
             if step.insn is not None:
                 self.executed[step.bits].add(step.insn.form)
                 if step.vector < 0:

@@ -109,8 +109,10 @@ def _opcodes(paths: list[Path], output: Output) -> Status:
     for name, row in modes.items():
         for entry in row["missing"]:
             output.line(f"not reached: {name} {entry}")
-    output.json({"inputs": reach.inputs, "modes": modes})
-    return Status.FOUND if any(row["missing"] for row in modes.values()) else Status.CLEAN
+    for text in reach.differing:
+        output.line(text)
+    output.json({"inputs": reach.inputs, "modes": modes, "differing": reach.differing})
+    return Status.FOUND if reach.differing or any(row["missing"] for row in modes.values()) else Status.CLEAN
 
 
 def _verify(found: list[Path], output: Output) -> Status:

@@ -11,6 +11,7 @@ from mmufuzz.oracle.emulator_replay import BeyondTheRecord, Replay
 from mmufuzz.x86.decode import Truncated, Unsupported, decode, decode16
 from mmufuzz.x86.executor import execute
 from mmufuzz.x86.insn import Insn
+from mmufuzz.x86.paging import CR4_LA57
 from mmufuzz.x86.state import FLAG_RF, VECTOR_PF, Fault, Regs
 
 # What may differ.
@@ -30,7 +31,6 @@ ACCESSES: Final = "accesses"
 
 _MASK32: Final = 0xFFFFFFFF
 _MASK64: Final = 0xFFFFFFFFFFFFFFFF
-_LOW_HALF_END: Final = 1 << 47
 
 
 class Comparison:
@@ -62,9 +62,10 @@ class Comparison:
     @property
     def straddles(self) -> bool:
         """The emulator asked for an access whose first byte is canonical and whose last byte is not."""
+        low_half_end = 1 << (56 if self.after.cr4 & CR4_LA57 else 47)
         for access in self.accesses:
             last = access.gva + access.size - 1
-            if access.gva < _LOW_HALF_END <= last or access.gva <= _MASK64 < last:
+            if access.gva < low_half_end <= last or access.gva <= _MASK64 < last:
                 return self.mode64
         return False
 

@@ -116,6 +116,9 @@ def test_a_deviation_of_the_emulator_that_is_not_listed_is_noticed(monkeypatch: 
     monkeypatch.setattr(insn_emulator, "explain", lambda made: "")
     with pytest.raises(AssertionError, match="the emulator differs from hardware: f30fbcc3 in 64-bit code: bsf: flags"):
         run(data)
+    reach = OpcodeReach()
+    reach.add(data)
+    assert len(reach.differing) == 1 and not reach.executed[64]
 
 
 @pytest.mark.parametrize(("length", "what"), [(2, "bytes behind"), (0, "impossible length")])

@@ -21,6 +21,7 @@ from mmufuzz.oracle.emulator_deviations import DEVIATIONS, explain
 from mmufuzz.oracle.emulator_replay import Replay
 from mmufuzz.x86.flat_registers import initial_registers
 from mmufuzz.x86.insn import DS
+from mmufuzz.x86.paging import CR4_LA57
 from mmufuzz.x86.segments import install
 from mmufuzz.x86.state import CR4_DE, Regs
 
@@ -178,6 +179,11 @@ def _straddling(regs: Regs, bus: Memory) -> None:
     regs.gpr[RAX] = (1 << 47) - 4
 
 
+def _straddling_57_bits(regs: Regs, bus: Memory) -> None:
+    regs.cr4 |= CR4_LA57
+    regs.gpr[RAX] = (1 << 56) - 4
+
+
 def _stack_page_ends(regs: Regs, bus: Memory) -> None:
     regs.gpr[RSP] = 0x1008
     bus.deny(0, 0x1000)
@@ -274,6 +280,7 @@ def _stack_that_wraps(regs: Regs, bus: Memory) -> None:
     [
         ("ins-read-ahead", Shown(32, "f3676d", _wrapping_destination)),
         ("far-order", Shown(64, "ff18", _stack_that_wraps)),
+        ("canonical-first-byte", Shown(64, "488b00", _straddling_57_bits)),
     ],
 )
 def test_a_deviation_shows_in_other_ways_too(name: str, shown: Shown) -> None:
