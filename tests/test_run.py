@@ -97,8 +97,9 @@ def test_a_failure_inside_mmufuzz_is_a_finding_about_mmufuzz() -> None:
         (flat32("mov dword [eax], 5"), None),
         (flat32("jmp -2", event_limit=500), None),
         (replace(flat32("mov dword [eax], 5"), host=(HostThread(("zap_all_fast",)),)), Broken()),
+        (flat32("fep div ecx", fep=True), None),
     ],
-    ids=["finished", "cut short", "failed"],
+    ids=["finished", "cut short", "failed", "fault in the emulator"],
 )
 def test_a_run_leaves_nothing_for_the_garbage_collector(case: Case, strategy: Strategy | None) -> None:
     gc.collect()

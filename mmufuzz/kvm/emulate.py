@@ -128,7 +128,7 @@ def x86_emulate_insn(ctxt: X86EmulateCtxt) -> int:
         return _emulate(ctxt)
     except Fault as fault:
         ctxt.have_exception = True
-        ctxt.exception = fault
+        ctxt.exception = fault.with_traceback(None)
     except EmulationFailed:
         return EMULATION_FAILED
     except CmpxchgFailed:

@@ -103,7 +103,7 @@ def replay(made: Comparison, code: bytes, accesses: list[Access], bus: Replay) -
         made.unmodelled = True
         return
     except Fault as fault:
-        made.expected_fault = fault
+        made.expected_fault = fault.with_traceback(None)
     except BeyondTheRecord:
         # A repeated instruction that has left the emulator ends where its accesses do.
         beyond = not repeated
