@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from mmufuzz.case.model import Case, Expect
 from mmufuzz.kvm.fixes import LATEST, behaviours, find
 
+MOST_EVENTS = 40_000
+"""Events of a run in a campaign: a mutated limit of a million would cost as much time and memory as a thousand runs."""
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -21,8 +24,13 @@ class Kernel:
         behaviours(self.name or LATEST, self.revert, self.apply)
 
     def dress(self, case: Case) -> Case:
-        """``case`` on exactly this kernel, expecting nothing in particular."""
-        return replace(case, kernel=self.name, revert=self.revert, apply=self.apply, expect=Expect())
+        """``case`` on exactly this kernel, of at most ``MOST_EVENTS``, expecting nothing in particular."""
+        options = case.options
+        if options.event_limit > MOST_EVENTS:
+            options = replace(options, event_limit=MOST_EVENTS)
+        return replace(
+            case, kernel=self.name, revert=self.revert, apply=self.apply, options=options, expect=Expect()
+        )
 
     def override(self, case: Case) -> Case:
         """``case`` with these changes on top of what it says.

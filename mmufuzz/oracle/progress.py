@@ -18,6 +18,12 @@ from mmufuzz.oracle.state import MachineState
 CONFIRMATIONS: Final = 4
 """Periods that must repeat the first one exactly."""
 
+MOST_NUMBERS: Final = 1_000_000
+"""Of which recorded states are made: beyond that they are forgotten, and the search for a period begins anew.
+
+Bounds the memory of a long run; a loop whose periods and their confirmations do not fit is not found.
+"""
+
 _TELLING: Final = (
     "emulate.",
     "event.",
@@ -48,6 +54,8 @@ class Progress:
         self._base: list[int] = []
         """Progress of each vCPU where the recorded states begin."""
         self._states: list[tuple[int, ...]] = []
+        self.recorded = 0
+        """Numbers of which the recorded states are made."""
         self._last_seen: dict[int, int] = {}
         """Where a state with that hash was last: hashing one costs as much as making it."""
         self._machine = MachineState(kvm)
@@ -70,8 +78,12 @@ class Progress:
         if not self._somebody_is_stuck():
             self._start_over()
             return
-        position = len(self._states)
         state = self._machine.state(self.history.addresses())
+        self.recorded += len(state)
+        if self.recorded > MOST_NUMBERS:
+            self._forget()
+            self.recorded = len(state)
+        position = len(self._states)
         key = hash(state)
         self._states.append(state)
         self._trace_at.append(len(kvm.host.trace))
@@ -113,7 +125,11 @@ class Progress:
         if self._period:
             self.kvm.counters.near(STATE_LEFT)
         self._base = [vcpu.progress for vcpu in self.kvm.vcpus]
+        self._forget()
+
+    def _forget(self) -> None:
         self._states = []
+        self.recorded = 0
         self._last_seen = {}
         self._trace_at = []
         self._marks_at = []

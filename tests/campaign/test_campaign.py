@@ -20,7 +20,7 @@ from mmufuzz.campaign.engine_random import RandomEngine
 from mmufuzz.campaign.expect import unmet
 from mmufuzz.campaign.files import InputError, write_atomic
 from mmufuzz.campaign.findings import FindingStore, Record, slug
-from mmufuzz.campaign.kernel import Kernel
+from mmufuzz.campaign.kernel import MOST_EVENTS, Kernel
 from mmufuzz.campaign.plan import Plan, missing, shares
 from mmufuzz.campaign.reached import MORE, NEW, NOTHING, Reached, bucket
 from mmufuzz.campaign.recorder import Recorder
@@ -414,3 +414,11 @@ def test_the_seed_decides_what_the_guided_engine_does(tmp_path: Path) -> None:
         return work.tally.schedules, work.tally.marks, bytes(work.corpus.reached.buckets)
 
     assert campaign(1, "one") == campaign(1, "two") != campaign(2, "three")
+
+
+def test_a_campaign_bounds_the_events_of_a_run() -> None:
+    limits = [
+        Kernel().dress(replace(CASE, options=replace(CASE.options, event_limit=limit))).options.event_limit
+        for limit in (500, MOST_EVENTS, 1_000_000)
+    ]
+    assert limits == [500, MOST_EVENTS, MOST_EVENTS]

@@ -21,6 +21,8 @@ from mmufuzz.cli import replay as replay_verb
 from mmufuzz.cli.output import Output, encodable
 from mmufuzz.kvm.fixes import FIXES
 
+CORPUS = Path(__file__).resolve().parents[2] / "corpus"
+
 Run = Callable[..., Answer]
 Write = Callable[[Case, str], Path]
 
@@ -130,7 +132,7 @@ def test_corpus_verify_reports_what_is_not_in_order(mmufuzz: Run, healthy: Path,
 
 
 def test_corpus_opcodes_counts_entries_and_names_the_missing_ones(mmufuzz: Run, tmp_path: Path) -> None:
-    assert mmufuzz("corpus", "opcodes").status == 0
+    assert mmufuzz("corpus", "opcodes", CORPUS / "seeds" / "atheris_insn").status == 0
     (tmp_path / "one").write_bytes(b"\0\0\x90")
     answer = mmufuzz("corpus", "opcodes", tmp_path, "--json", "-")
     assert answer.status == 1

@@ -9,8 +9,10 @@ from oracle_vms import DATA_GVA, PT_GVA, SPIN, Machine, case, flat32, fstp, load
 
 from mmufuzz.case.model import ZAP_ALL_FAST, HostThread, Options
 from mmufuzz.host.memory import Pending
+from mmufuzz.host.sched import RunStop
 from mmufuzz.host.sites import label_site, label_thread
 from mmufuzz.kvm.structs import QueuedException
+from mmufuzz.oracle.progress import CONFIRMATIONS, MOST_NUMBERS, Progress
 from mmufuzz.oracle.state import MachineState
 from mmufuzz.outcome import SUSPECT, Outcome
 from mmufuzz.run import run
@@ -207,3 +209,22 @@ def test_whatever_the_future_depends_on_counts(change: Callable[[Machine], None]
     before = state(m)
     change(m)
     assert state(m) != before
+
+
+# Long runs.
+
+
+def test_a_livelock_is_found_after_the_states_so_far_were_forgotten() -> None:
+    """What is recorded is bounded, so a run that is stuck for long starts looking for a period anew."""
+    m = idle()
+    progress = Progress(m.kvm, m.oracles.sink, m.oracles.history)
+    m.kvm.vcpus[0].finished = False
+    for _ in range(3):
+        progress.at_yield()
+    progress.recorded = MOST_NUMBERS
+    for _ in range(CONFIRMATIONS + 1):
+        progress.at_yield()
+    assert m.found == [] and progress.recorded == (CONFIRMATIONS + 1) * len(state(m))
+    with pytest.raises(RunStop):
+        progress.at_yield()
+    assert [kind for kind, _ in m.found] == ["livelock"]
