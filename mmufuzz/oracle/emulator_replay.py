@@ -157,13 +157,22 @@ class Replay(Bus):
 
     def store(self, regs: Regs, gva: int, size: int, value: int, locked: bool) -> None:
         """Remember the store, unless the emulator wrote less."""
-        self._check_fault(gva, size, True)
-        if self._in_failed(gva, size):
+        if self._in_failed(gva, size) and not self._written(gva, size):
+            self._check_fault(gva, size, True)
             return
         self.budget -= size
         if self.budget < 0:
             raise BeyondTheRecord
         self.stores.append(Store(gva, size, value, locked, self.system))
+
+    def _written(self, gva: int, size: int) -> bool:
+        """Whether the emulator has made this store before it came to the access that failed (a repetition may)."""
+        left = 0
+        for write in self.writes:
+            left += write.gva == gva and write.size == size
+        for store in self.stores:
+            left -= store.gva == gva and store.size == size
+        return left > 0
 
     def load_system(self, regs: Regs, gva: int, size: int) -> int:
         """A descriptor, gate or TSS field."""

@@ -8,7 +8,7 @@ import pytest
 
 from mmufuzz.case import toml
 from mmufuzz.kvm.emulate import EMULATION_OK, x86_decode_insn, x86_emulate_insn
-from mmufuzz.kvm.emulate_ctxt import CMPXCHG, SYSTEM, WRITE, Access, X86EmulateCtxt
+from mmufuzz.kvm.emulate_ctxt import CMPXCHG, READ, SYSTEM, WRITE, Access, X86EmulateCtxt
 from mmufuzz.kvm.emulate_ops import BusOps
 from mmufuzz.kvm.fixes import FIXES, behaviours
 from mmufuzz.kvm.switches import Fixes
@@ -19,7 +19,7 @@ from mmufuzz.run import run
 from mmufuzz.x86.asm import assemble
 from mmufuzz.x86.flat import FlatBus, Region
 from mmufuzz.x86.flat_registers import initial_registers
-from mmufuzz.x86.state import VECTOR_GP, Fault
+from mmufuzz.x86.state import VECTOR_GP, VECTOR_PF, Fault, Regs
 
 RAX, RCX = 0, 1
 CODE, DATA = 0x1000, 0x2000
@@ -100,6 +100,18 @@ def test_a_supervisor_access_of_a_user_is_seen_and_of_the_supervisor_is_the_same
         made = Emulated("sgdt [rax]", cpl)
         made.accesses[-1].kind |= SYSTEM
         assert made.differences() == seen
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_store_faults_where_the_emulator_failed_unless_it_was_made_before(stored: bool) -> None:
+    """REP MOVS may store to a page, and come to read it when another CPU has unmapped it."""
+    made = [Access(WRITE, DATA, 8, 5)] if stored else []
+    bus = Replay()
+    bus.begin([*made, Access(READ, DATA, 8, 0)], Fault(VECTOR_PF, 0, DATA), Regs(), True)
+    if stored:
+        bus.store(Regs(), DATA, 8, 5, False)
+    with pytest.raises(Fault):
+        bus.store(Regs(), DATA, 8, 5, False)
 
 
 def test_an_exception_that_hardware_does_not_raise_is_seen() -> None:
