@@ -101,8 +101,6 @@ class GuestBus(Bus):
     def __init__(self, vcpu: Vcpu) -> None:
         self.vcpu = vcpu
         self.mmu = HardwareMmu(vcpu.tlb, ShadowTables(vcpu))
-        self.system = False
-        """The access under way is a supervisor's whatever CPL is."""
         self.fetch_gva = 0
         """Where the last fetch was."""
         self.locked: list[tuple[int, int]] = []
@@ -205,22 +203,6 @@ class GuestBus(Bus):
         thread = self.vcpu.thread
         thread.host.point(GUEST_FETCH)
         return thread.peek_bytes(hpa, size).to_bytes(size, "little")
-
-    def load_system(self, regs: Regs, gva: int, size: int) -> int:
-        """A descriptor, gate or TSS field."""
-        self.system = True
-        try:
-            return self.load(regs, gva, size, False, False)
-        finally:
-            self.system = False
-
-    def store_system(self, regs: Regs, gva: int, size: int, value: int) -> None:
-        """An accessed bit, or the stack of a handler."""
-        self.system = True
-        try:
-            self.store(regs, gva, size, value, False)
-        finally:
-            self.system = False
 
     def write_efer(self, regs: Regs, value: int) -> None:
         """WRMSR exits before, but that of an L2 guest; see ``set_efer``."""

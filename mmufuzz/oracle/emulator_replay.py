@@ -174,22 +174,6 @@ class Replay(Bus):
             left -= store.gva == gva and store.size == size
         return left > 0
 
-    def load_system(self, regs: Regs, gva: int, size: int) -> int:
-        """A descriptor, gate or TSS field."""
-        self.system = True
-        try:
-            return self.load(regs, gva, size, False, False)
-        finally:
-            self.system = False
-
-    def store_system(self, regs: Regs, gva: int, size: int, value: int) -> None:
-        """An accessed or busy bit."""
-        self.system = True
-        try:
-            self.store(regs, gva, size, value, False)
-        finally:
-            self.system = False
-
     def fence(self, regs: Regs) -> None:
         """Nothing to order."""
 

@@ -17,6 +17,9 @@ class Bus:
     splits an access that crosses a page.
     """
 
+    system = False
+    """The access under way is a supervisor's whatever CPL is."""
+
     def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
         """Read ``size`` bytes, little endian. With ``rmw`` a store to the same place follows: check for write."""
         raise NotImplementedError
@@ -50,11 +53,19 @@ class Bus:
 
     def load_system(self, regs: Regs, gva: int, size: int) -> int:
         """Read a descriptor, a gate or a TSS field: a supervisor access whatever CPL is (SDM vol. 3, 4.6)."""
-        return self.load(regs, gva, size, False, False)
+        self.system = True
+        try:
+            return self.load(regs, gva, size, False, False)
+        finally:
+            self.system = False
 
     def store_system(self, regs: Regs, gva: int, size: int, value: int) -> None:
         """Write to the stack of a handler, or a descriptor's accessed or busy bit, as a supervisor."""
-        self.store(regs, gva, size, value, False)
+        self.system = True
+        try:
+            self.store(regs, gva, size, value, False)
+        finally:
+            self.system = False
 
     def read_tsc(self, regs: Regs) -> int:
         """RDTSC: what the counter shows. It stands still, so that a run depends on nothing else."""
