@@ -9,16 +9,11 @@ from typing import Final
 from mmufuzz.host.memory import PAGE_SIZE
 from mmufuzz.kvm.emulate_checks import check_enabled
 from mmufuzz.kvm.emulate_ctxt import (
-    MASK32,
-    MASK64,
     MEM,
     MEM_STR,
     MM,
     MODE_PROT64,
-    RCX,
-    RDI,
     REG,
-    RSI,
     XMM,
     Operand,
     X86EmulateCtxt,
@@ -51,6 +46,7 @@ from mmufuzz.kvm.opcode_table import (
     UNUSUAL,
 )
 from mmufuzz.x86 import alu
+from mmufuzz.x86.execute_operands import MASK32, MASK64, RCX, RDI, RSI
 from mmufuzz.x86.execute_vector import write_mmx
 from mmufuzz.x86.state import FLAG_DF, FLAG_RF, FLAG_ZF, PFERR_WRITE, VECTOR_GP, VECTOR_PF, VECTOR_UD, Fault
 

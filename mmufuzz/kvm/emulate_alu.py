@@ -5,21 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from mmufuzz.kvm.emulate_ctxt import (
-    MASK32,
-    MASK64,
-    NONE,
-    RAX,
-    RBX,
-    RCX,
-    RDX,
-    REG,
-    X86EmulateCtxt,
-    assign_reg,
-)
+from mmufuzz.kvm.emulate_ctxt import NONE, REG, X86EmulateCtxt, assign_reg
 from mmufuzz.kvm.emulate_ops import EmulationFailed
 from mmufuzz.x86 import alu, alu_wide
-from mmufuzz.x86.execute_operands import condition
+from mmufuzz.x86.execute_operands import MASK32, MASK64, RAX, RBX, RCX, RDX, condition
 from mmufuzz.x86.state import (
     FLAG_AF,
     FLAG_CF,

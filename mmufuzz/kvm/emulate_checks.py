@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 from mmufuzz.kvm.emulate_ctxt import (
-    MASK32,
     MM,
     MODE_PROT16,
     MODE_PROT64,
     MODE_REAL,
     NONE,
-    RAX,
     Operand,
     X86EmulateCtxt,
     linear_read_system,
@@ -32,6 +30,7 @@ from mmufuzz.kvm.opcode_table import (
     SSE,
     UNDEFINED,
 )
+from mmufuzz.x86.execute_operands import MASK32, RAX
 from mmufuzz.x86.execute_vector import enter_mmx
 from mmufuzz.x86.execute_x87 import SUMMARY
 from mmufuzz.x86.insn import TR

@@ -9,7 +9,9 @@ from mmufuzz.kvm.emulate_ops import EmulationFailed, X86EmulateOps
 from mmufuzz.kvm.opcode_table import ALIGNED16, UNALIGNED
 from mmufuzz.kvm.switches import Fixes
 from mmufuzz.x86 import alu
+from mmufuzz.x86.execute_operands import MASK32, MASK64, RSP
 from mmufuzz.x86.insn import CS, FS, NO_REG, SS
+from mmufuzz.x86.paging import CR4_LA57, is_canonical
 from mmufuzz.x86.segments import install
 from mmufuzz.x86.state import FLAG_TF, RIGHTS_DB, RIGHTS_UNUSABLE, VECTOR_GP, VECTOR_SS, Fault, Regs
 
@@ -37,20 +39,8 @@ PORT: Final = 3
 SYSTEM: Final = 4
 """Added to READ and WRITE: a supervisor's access whatever CPL is."""
 
-RAX: Final = 0
-RCX: Final = 1
-RDX: Final = 2
-RBX: Final = 3
-RSP: Final = 4
-RBP: Final = 5
-RSI: Final = 6
-RDI: Final = 7
-
-MASK32: Final = 0xFFFF_FFFF
-MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
 READ_CACHE_SIZE: Final = 1024
 _NO_FAULT: Final = Fault(0)
-_CR4_LA57: Final = 1 << 12
 _LOW_HALF_END: Final = 1 << 47
 
 
@@ -234,11 +224,7 @@ def effective_address(ctxt: X86EmulateCtxt, insn: Decoded) -> int:
 
 def is_noncanonical(ctxt: X86EmulateCtxt, address: int) -> bool:
     """emulate.c:emul_is_noncanonical_address."""
-    if address < _LOW_HALF_END:
-        return False
-    if ctxt.regs.cr4 & _CR4_LA57:
-        return address >> 56 not in (0, 0xFF)
-    return address >> 47 != 0x1FFFF
+    return not is_canonical(address, 57 if ctxt.regs.cr4 & CR4_LA57 else 48)
 
 
 def linearize(ctxt: X86EmulateCtxt, segment: int, ea: int, size: int, write: bool) -> int:

@@ -5,14 +5,10 @@ from __future__ import annotations
 from typing import Final
 
 from mmufuzz.kvm.emulate_ctxt import (
-    MASK32,
     MODE_PROT16,
     MODE_PROT32,
     MODE_PROT64,
     MODE_REAL,
-    RCX,
-    RDX,
-    RSP,
     X86EmulateCtxt,
     assign_eip_far,
     is_noncanonical,
@@ -29,6 +25,7 @@ from mmufuzz.kvm.emulate_segments import (
 )
 from mmufuzz.kvm.emulate_stack import emulate_pop, emulate_push
 from mmufuzz.kvm.opcode_table import OP_IMM_FAR
+from mmufuzz.x86.execute_operands import MASK32, RCX, RDX, RSP
 from mmufuzz.x86.insn import CS, SS
 from mmufuzz.x86.state import (
     EFER_LMA,

@@ -6,18 +6,10 @@ from typing import Final
 
 from mmufuzz.kvm.emulate_ctxt import (
     IMM,
-    MASK64,
     MEM,
     MM,
     NONE,
-    RAX,
-    RBX,
-    RCX,
-    RDI,
-    RDX,
     REG,
-    RSI,
-    RSP,
     XMM,
     Operand,
     X86EmulateCtxt,
@@ -54,6 +46,7 @@ from mmufuzz.kvm.opcode_table import (
     SSE,
 )
 from mmufuzz.x86 import alu
+from mmufuzz.x86.execute_operands import MASK64, RAX, RBX, RCX, RDI, RDX, RSI, RSP
 from mmufuzz.x86.insn import ES
 
 _LOW128: Final = (1 << 128) - 1

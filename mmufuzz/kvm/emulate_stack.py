@@ -5,11 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from mmufuzz.kvm.emulate_ctxt import (
-    MASK32,
     NONE,
-    RBP,
-    RCX,
-    RSP,
     X86EmulateCtxt,
     address_mask,
     assign_eip_near,
@@ -23,7 +19,7 @@ from mmufuzz.kvm.emulate_ctxt import (
 from mmufuzz.kvm.emulate_ops import EmulationFailed
 from mmufuzz.kvm.emulate_segments import load_segment_descriptor
 from mmufuzz.x86 import alu
-from mmufuzz.x86.execute_operands import condition
+from mmufuzz.x86.execute_operands import MASK32, RBP, RCX, RSP, condition
 from mmufuzz.x86.insn import SS
 from mmufuzz.x86.state import (
     FLAG_AC,

@@ -7,18 +7,11 @@ from typing import Final
 from mmufuzz.host.memory import PAGE_SIZE
 from mmufuzz.kvm.emulate_checks import bad_iopl
 from mmufuzz.kvm.emulate_ctxt import (
-    MASK32,
-    MASK64,
     MEM,
     MEM_STR,
     MODE_PROT64,
     NONE,
     PORT,
-    RAX,
-    RBX,
-    RCX,
-    RDI,
-    RDX,
     Access,
     X86EmulateCtxt,
     address_mask,
@@ -33,6 +26,7 @@ from mmufuzz.kvm.emulate_ops import EmulationFailed
 from mmufuzz.kvm.emulate_segments import load_segment_descriptor
 from mmufuzz.kvm.opcode_table import STRING
 from mmufuzz.x86 import cpuid
+from mmufuzz.x86.execute_operands import MASK32, MASK64, RAX, RBX, RCX, RDI, RDX
 from mmufuzz.x86.execute_x87 import reset
 from mmufuzz.x86.execute_xsave import fxsave_image, load_fxsave_image
 from mmufuzz.x86.insn import CS, GS, LDTR, TR

@@ -68,7 +68,7 @@ def idt(*steps: str, tables: Tables, **options: object) -> Machine:
     case = {}
     for name, value in options.items():
         (regs if name in ("rax", "rbx", "rcx", "rdx", "rsp", "rsi", "rdi") else case)[name] = value
-    return run(tables, long4(LOAD, *steps, **regs), **case)  # type: ignore[arg-type]
+    return run(tables, long4(LOAD, *steps, **regs), **case)  # type: ignore[arg-type]  # as given
 
 
 def test_a_code_breakpoint_raises_db_before_the_instruction() -> None:
