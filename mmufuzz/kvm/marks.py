@@ -26,6 +26,7 @@ MARKS: Final = (
     "emulate.retried",
     "entry.cancelled",
     "event.delivery_exited",
+    "event.dropped",
     "exception.double_fault",
     "exit_userspace.internal_error",
     "exit_userspace.io",

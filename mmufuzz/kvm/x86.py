@@ -72,6 +72,8 @@ def x86_emulate_instruction(vcpu: Vcpu, gva: int, emultype: int) -> int:
             emultype &= ~EMULTYPE_ALLOW_RETRY_PF
     if not emultype & EMULTYPE_NO_DECODE:
         kvm.mark("emulate")
+        if vcpu.exception_injected:
+            kvm.mark("event.dropped")
         kvm_clear_exception_queue(vcpu)
         if kvm_vcpu_check_code_breakpoint(vcpu, emultype):
             kvm.mark("emulate.code_breakpoint")

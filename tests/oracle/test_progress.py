@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from oracle_vms import DATA_GVA, PT_GVA, SPIN, Machine, case, flat32, fstp, load, long4, store
 
+from mmufuzz.case import toml
 from mmufuzz.case.model import ZAP_ALL_FAST, HostThread, Options
 from mmufuzz.host.memory import Pending
 from mmufuzz.host.sched import RunStop
@@ -18,6 +20,7 @@ from mmufuzz.outcome import SUSPECT, Outcome
 from mmufuzz.run import run
 from mmufuzz.x86.tlb import TlbEntry
 
+KNOWN = Path(__file__).parents[2] / "corpus" / "known"
 OWN_TABLE = fstp(PT_GVA + 0x100)
 """An instruction KVM cannot emulate, writing the page table that maps it."""
 
@@ -43,6 +46,15 @@ def test_the_same_program_ends_where_nothing_was_reverted() -> None:
     outcome = run(case(long4(OWN_TABLE)))
     assert outcome.findings == []
     assert outcome.marks["emulate.decode_failed"] >= 1
+
+
+def test_a_loop_that_drops_its_event_is_told_by_that_however_it_comes_to_emulate() -> None:
+    outcomes = [run(toml.load(path)) for path in sorted(KNOWN.glob("event-frame-on-*.toml"))]
+    ways = {tuple(name for name in outcome.marks if name.startswith(("unprotect.", "faultin."))) for outcome in outcomes}
+    assert len(ways) > 3
+    assert {outcome.findings[0].fingerprint for outcome in outcomes} == {
+        "emulate.fault,event.delivery_exited,event.dropped"
+    }
 
 
 def test_the_reported_period_is_one_lap() -> None:
