@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Final
 
 from mmufuzz.build.compilers import COVERAGE, Compiler, cannot_generate, version
-from mmufuzz.build.core import DESCRIPTION, HERE, INSTRUMENTED, Core
+from mmufuzz.build.core import COMPILED, DESCRIPTION, HERE, INSTRUMENTED, Core
 
 POLL_SECONDS: Final = 0.02
+
+OWN_C: Final = {COMPILED: [HERE / "traceback.c"], INSTRUMENTED: [HERE / "traceback.c", HERE / "coverage.c"]}
+"""C of our own that goes into a core of each kind."""
 
 PROBE: Final = "#include <Python.h>\nint main(void) { return 0; }\n"
 
@@ -98,6 +101,8 @@ class _Builder:
         self.compiler = compiler
         self.work = work
         self.progress = progress
+        self.runtime = f"__native_{core.library.removesuffix('__mypyc')}.c"
+        """The file that has mypyc's runtime in it."""
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith("MMUFUZZ_")}
         self.environment.pop("LD_PRELOAD", None)
         self.environment["ZIG_GLOBAL_CACHE_DIR"] = self.environment["ZIG_LOCAL_CACHE_DIR"] = str(work / "zig")
@@ -121,13 +126,10 @@ class _Builder:
     def compile(self) -> list[Path]:
         """Compile all C files, the largest first; the object files."""
         files = sorted((self.work / "c").glob("*.c"), key=lambda path: (-path.stat().st_size, path.name))
-        runtime = f"__native_{self.core.library.removesuffix('__mypyc')}.c"
-        commands = [
-            self._command(path, instrumented=path.name != runtime and self.core.guides(path.name)) for path in files
-        ]
-        if self.compiler.kind == INSTRUMENTED:
-            files.append(HERE / "coverage.c")
-            commands.append(self._command(files[-1], instrumented=False))
+        commands = [self._command(path, instrumented=self._guides(path)) for path in files]
+        for path in OWN_C[self.compiler.kind]:
+            files.append(path)
+            commands.append(self._command(path, instrumented=False))
         for done in _side_by_side(commands, self.environment):
             self.progress(f"{self.compiler.name}: {done} of {len(commands)} files")
         return [self._object(path) for path in files]
@@ -135,6 +137,9 @@ class _Builder:
     def run(self, command: list[str], cwd: Path | None = None) -> None:
         """Run one step to its end. Raises ``BuildError``."""
         _Step(command, self.environment, cwd).require()
+
+    def _guides(self, path: Path) -> bool:
+        return path.name != self.runtime and self.core.guides(path.name)
 
     def _object(self, path: Path) -> Path:
         return self.work / f"{path.stem}.o"
@@ -146,6 +151,8 @@ class _Builder:
         if path.parent == self.work / "c":
             runtime = ["-I", str(_mypyc_runtime()), "-I", str(self.work / "c")]
             runtime += ["-include", str(HERE / "runtime.h")]
+            if path.name != self.runtime:
+                runtime += ["-include", str(HERE / "traceback.h")]
         headers = dict.fromkeys(sysconfig.get_path(name) for name in ("include", "platinclude"))
         includes = [word for directory in headers for word in ("-I", directory)]
         flags = [*self.compiler.flags, *coverage, *runtime, *includes]

@@ -103,6 +103,8 @@ def is_text(text: str) -> bool:
     """True for text that UTF-8 can carry (no surrogates), at most 65536 characters."""
     if len(text) > MAX_COMMENT:
         return False
+    if text.isascii():
+        return True
     for character in text:
         if 0xD800 <= ord(character) <= 0xDFFF:
             return False

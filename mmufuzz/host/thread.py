@@ -95,6 +95,8 @@ class Thread:
         self.buffer = StoreBuffer(host.memory)
         self.held_locks: list[int] = []
         """Ranks, in the order in which the locks were taken."""
+        self.marks: dict[str, int] = {}
+        """How often it passed each named point of the model (``Outcome.marks``)."""
         self.history = 0
         """Fingerprint of everything this thread has read, for the search."""
 

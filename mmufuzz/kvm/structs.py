@@ -210,7 +210,6 @@ class Kvm:
         self.options = options
         self.fixes = Fixes(behaviours)
         self.observer = Observer()
-        self.marks: dict[str, int] = {}
         self.counters = Counters()
         self.exits: dict[str, int] = {}
         self.device = Device(0)
@@ -235,8 +234,18 @@ class Kvm:
         self.dummy_root_pfn = INVALID_PFN
 
     def mark(self, name: str) -> None:
-        """Count that the run passed the named point (``kvm.marks.MARKS``)."""
-        self.marks[name] = self.marks.get(name, 0) + 1
+        """Count that the current thread passed the named point (``kvm.marks.MARKS``)."""
+        marks = self.host.current.marks
+        marks[name] = marks.get(name, 0) + 1
+
+    @property
+    def marks(self) -> dict[str, int]:
+        """How often all threads together passed each named point."""
+        total: dict[str, int] = {}
+        for thread in self.host.threads:
+            for name, count in thread.marks.items():
+                total[name] = total.get(name, 0) + count
+        return total
 
     def count_page(self, event: int, role: int) -> None:
         """Count what became of a shadow page (``kvm.counters.PAGE_EVENTS``)."""

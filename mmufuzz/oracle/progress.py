@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from mmufuzz.host.sched import STOPPED
 from mmufuzz.kvm.counters import ALL_BUT_ONE_WAIT, STATE_AGAIN, STATE_LEFT
 from mmufuzz.kvm.structs import Kvm
 from mmufuzz.oracle.history import History
@@ -56,14 +57,15 @@ class Progress:
         self.history = history
         self._base: list[int] = []
         """Progress of each vCPU where the recorded states begin."""
-        self._states: list[tuple[int, ...]] = []
+        self._states: list[tuple[object, ...]] = []
         self.recorded = 0
         """Numbers of which the recorded states are made."""
         self._last_seen: dict[int, int] = {}
         """Where a state with that hash was last: hashing one costs as much as making it."""
         self._machine = MachineState(kvm)
         self._trace_at: list[int] = []
-        self._marks_at: list[dict[str, int]] = []
+        self._marks_at: list[list[dict[str, int]]] = []
+        """``Thread.marks`` of each vCPU."""
         self._exits_at: list[dict[str, int]] = []
         self._period = 0
         self._since = 0
@@ -90,7 +92,7 @@ class Progress:
         key = hash(state)
         self._states.append(state)
         self._trace_at.append(len(kvm.host.trace))
-        self._marks_at.append(kvm.marks.copy())
+        self._marks_at.append([vcpu.thread.marks.copy() for vcpu in kvm.vcpus])
         self._exits_at.append(kvm.exits.copy())
         if self._period == 0 or self._states[position - self._period] != state:
             seen = self._last_seen.get(key, -1)
@@ -140,25 +142,39 @@ class Progress:
         self._period = 0
 
     def _report(self, position: int) -> None:
+        """A finding for each kind of loop that a stuck vCPU is in: two may be stuck for different reasons."""
         start = position - self._period
-        passed: list[str] = []
-        for name in sorted(self.kvm.marks):
-            if self.kvm.marks[name] != self._marks_at[start].get(name, 0):
-                passed.append(name)
-        telling = _TELLING_OF_DROPPED if "event.dropped" in passed else _TELLING
-        names = [name for name in passed if name.startswith(telling)]
-        if not names:
-            for name in sorted(self.kvm.exits):
-                if self.kvm.exits[name] != self._exits_at[start].get(name, 0):
-                    names.append("exit " + name)
-        stuck: list[str] = []
+        stuck: dict[str, list[str]] = {}
         for vcpu in self.kvm.vcpus:
             if not vcpu.finished and vcpu.progress == self._base[vcpu.index]:
-                stuck.append(f"{vcpu.thread.name} at rip {vcpu.regs.rip:#x}")
+                loop = _loop(vcpu.thread.marks, self._marks_at[start][vcpu.index])
+                stuck.setdefault(loop, []).append(f"{vcpu.thread.name} at rip {vcpu.regs.rip:#x}")
+        # A vCPU that only waits for another, or spins, passes no marks that tell.
+        waiting = stuck.pop("", [])
+        if not stuck:
+            stuck[self._exits_since(start)] = []
         # The first time round reads best: what led into the loop stands right before it.
         self.sink.period = (self._trace_at[self._since - self._period], self._trace_at[self._since])
-        self.sink.violated(
-            "livelock",
-            ",".join(names),
-            f"{', '.join(stuck)}: the machine returns to the same state every {self._period} yields without progress",
-        )
+        for loop, vcpus in stuck.items():
+            where = ", ".join(vcpus + waiting)
+            what = f"{where}: the machine returns to the same state every {self._period} yields without progress"
+            self.sink.record("livelock", loop, what)
+        self.sink.host.stop(STOPPED)
+
+    def _exits_since(self, start: int) -> str:
+        """The reasons of the VM exits in one period, as a fingerprint."""
+        names: list[str] = []
+        for name in sorted(self.kvm.exits):
+            if self.kvm.exits[name] != self._exits_at[start].get(name, 0):
+                names.append("exit " + name)
+        return ",".join(names)
+
+
+def _loop(marks: dict[str, int], before: dict[str, int]) -> str:
+    """The fingerprint of a loop: the telling marks among those that were passed since ``before``."""
+    passed: list[str] = []
+    for name in sorted(marks):
+        if marks[name] != before.get(name, 0):
+            passed.append(name)
+    telling = _TELLING_OF_DROPPED if "event.dropped" in passed else _TELLING
+    return ",".join([name for name in passed if name.startswith(telling)])

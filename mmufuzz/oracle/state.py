@@ -51,19 +51,20 @@ class MachineState:
 
     def __init__(self, kvm: Kvm) -> None:
         self.kvm = kvm
-        self._rest: list[list[int]] = [[] for _ in kvm.vcpus]
+        self._rest: list[tuple[int, ...]] = [() for _ in kvm.vcpus]
         """``Regs.rest`` of each vCPU, as it was when the vCPU had made the progress in ``_at``."""
         self._at: list[int] = [-1 for _ in kvm.vcpus]
 
-    def state(self, changed: list[int]) -> tuple[int, ...]:
-        """The machine as a flat tuple of ints; ``changed`` are the addresses of the guest words that ever changed.
+    def state(self, changed: list[int]) -> tuple[object, ...]:
+        """The machine as a tuple of ints, and of tuples of ints that one state shares with the next.
 
-        Meant for moments when no thread is inside an operation: of a waiting thread only what it waits for is seen.
+        ``changed`` are the addresses of the guest words that ever changed. Meant for moments when no thread is inside
+        an operation: of a waiting thread only what it waits for is seen.
         """
         kvm = self.kvm
         words = kvm.memory.words
         names = Names(kvm)
-        state: list[int] = [len(changed)]
+        state: list[object] = [len(changed)]
         for address in changed:
             state.append(words.get(address >> 3, 0))
         state.append(words.get(kvm.indirect_shadow_pages >> 3, 0))
@@ -85,18 +86,18 @@ class MachineState:
             _add_thread(state, kvm, thread, names)
         return tuple(state)
 
-    def _add_registers(self, state: list[int], vcpu: Vcpu) -> None:
+    def _add_registers(self, state: list[object], vcpu: Vcpu) -> None:
         """An instruction that did not end may have changed general registers (REP), but no others."""
         if self._at[vcpu.index] != vcpu.progress:
             self._at[vcpu.index] = vcpu.progress
-            self._rest[vcpu.index] = vcpu.regs.rest()
+            self._rest[vcpu.index] = tuple(vcpu.regs.rest())
         state.extend(vcpu.regs.gpr)
         state.append(vcpu.regs.rip)
         state.append(vcpu.regs.rflags)
-        state.extend(self._rest[vcpu.index])
+        state.append(self._rest[vcpu.index])
 
 
-def _add_page(state: list[int], kvm: Kvm, sp: ShadowPage, names: Names) -> None:
+def _add_page(state: list[object], kvm: Kvm, sp: ShadowPage, names: Names) -> None:
     words = kvm.memory.words
     state.append(sp.gfn)
     state.append(sp.role)
@@ -117,7 +118,7 @@ def _add_page(state: list[int], kvm: Kvm, sp: ShadowPage, names: Names) -> None:
     state.append(-1)
 
 
-def _add_vcpu(state: list[int], vcpu: Vcpu, names: Names) -> None:
+def _add_vcpu(state: list[object], vcpu: Vcpu, names: Names) -> None:
     words = vcpu.kvm.memory.words
     state.append(words.get(vcpu.mode_address >> 3, 0))
     state.append(words.get(vcpu.requests_address >> 3, 0))
@@ -161,7 +162,7 @@ def _add_vcpu(state: list[int], vcpu: Vcpu, names: Names) -> None:
 
 
 
-def _add_thread(state: list[int], kvm: Kvm, thread: Thread, names: Names) -> None:
+def _add_thread(state: list[object], kvm: Kvm, thread: Thread, names: Names) -> None:
     state.append(thread.step)
     state.append(thread.done)
     waiting = thread.waiting

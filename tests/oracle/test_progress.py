@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from oracle_vms import DATA_GVA, PT_GVA, SPIN, Machine, case, flat32, fstp, load, long4, store
+from oracle_vms import DATA_GVA, FRAMES, PT_GVA, SPIN, Machine, case, flat32, fstp, load, long4, store
 
 from mmufuzz.case import toml
 from mmufuzz.case.model import ZAP_ALL_FAST, HostThread, Options
@@ -50,11 +50,22 @@ def test_the_same_program_ends_where_nothing_was_reverted() -> None:
 
 def test_a_loop_that_drops_its_event_is_told_by_that_however_it_comes_to_emulate() -> None:
     outcomes = [run(toml.load(path)) for path in sorted(KNOWN.glob("event-frame-on-*.toml"))]
-    ways = {tuple(name for name in outcome.marks if name.startswith(("unprotect.", "faultin."))) for outcome in outcomes}
+    ways = {
+        tuple(name for name in outcome.marks if name.startswith(("unprotect.", "faultin."))) for outcome in outcomes
+    }
     assert len(ways) > 3
     assert {outcome.findings[0].fingerprint for outcome in outcomes} == {
         "emulate.fault,event.delivery_exited,event.dropped"
     }
+
+
+def test_vcpus_that_are_stuck_in_different_loops_are_two_findings() -> None:
+    sgdt = b"\x0f\x01\x05" + (FRAMES + 5 << 12).to_bytes(4, "little")  # in MMIO
+    outcome = run(case(long4(OWN_TABLE), flat32(sgdt), revert=("retry-guard", "write-pf-to-sp")))
+    assert [finding.fingerprint for finding in outcome.findings] == [
+        "emulate.decode_failed,emulate.reexecuted,page_fault.WRITE_PROTECTED,unprotect.zapped",
+        "emulate.io_needed",
+    ]
 
 
 def test_the_reported_period_is_one_lap() -> None:
@@ -93,7 +104,7 @@ def idle() -> Machine:
     return Machine(case(long4(load(DATA_GVA), store(DATA_GVA)), host=[HostThread((ZAP_ALL_FAST,))])).run()
 
 
-def state(m: Machine) -> tuple[int, ...]:
+def state(m: Machine) -> tuple[object, ...]:
     """Its canonical state."""
     return MachineState(m.kvm).state(m.oracles.history.addresses())
 
