@@ -7,7 +7,7 @@ which whole files are taken over: a process killed at any moment leaves no torn 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +16,7 @@ from mmufuzz.campaign.corpus import CASE_HARNESS, OWN, SUFFIX
 from mmufuzz.campaign.engine_process import GRACE_SECONDS, HARNESS_FAILED, harness_command, run_harness
 from mmufuzz.campaign.files import writable_directory
 from mmufuzz.campaign.kernel import Kernel
-from mmufuzz.campaign.minimal import minimal, unit_of
+from mmufuzz.campaign.minimal import minimal, reach
 from mmufuzz.campaign.recorder import Recorder
 from mmufuzz.campaign.units import load_units, take_over
 from mmufuzz.case import bytes as case_bytes
@@ -102,19 +102,24 @@ def minimize(own: Path, kernel: Kernel, patience: Budget, stopped: Callable[[], 
 
     0, and nothing is removed, if ``patience`` is too short for all of them.
     """
-    paths: dict[bytes, Path] = {}
-    found = []
+    paths: dict[bytes, list[Path]] = {}
     for path, data in load_units(own):
+        paths.setdefault(case_bytes.encode(kernel.dress(case_bytes.decode(data))), []).append(path)
+
+    def patiently(data: bytes) -> Sequence[int]:
         if stopped() or patience.spent(0):
-            return 0
-        unit = unit_of(kernel.dress(case_bytes.decode(data)))
-        paths.setdefault(unit.data, path)
-        found.append((path, unit))
-    kept = {paths[unit.data] for unit in minimal([unit for _, unit in found])}
-    for path, _ in found:
-        if path not in kept:
-            path.unlink(missing_ok=True)
-    return len(found) - len(kept)
+            raise TimeoutError
+        return reach(data)
+
+    try:
+        for unit in minimal(paths, patiently):
+            paths[unit.data].pop(0)
+    except TimeoutError:
+        return 0
+    superfluous = [path for same in paths.values() for path in same]
+    for path in superfluous:
+        path.unlink(missing_ok=True)
+    return len(superfluous)
 
 
 def _with_kept_cases(units: Path, harness: Path, corpus: Path) -> Path:

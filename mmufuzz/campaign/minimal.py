@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,10 @@ from mmufuzz.case.model import Case
 
 @dataclass
 class Unit:
-    """A Case in bytes form, and what its run reached: counters, each with its class of hits.
-
-    Thousands are looked at together, so ``reaches`` has 4 bytes each, in order.
-    """
+    """A Case in bytes form, and what its run reached: counters, each with its class of hits, in order."""
 
     data: bytes
-    reaches: array[int]
+    reaches: Sequence[int]
 
     @property
     def name(self) -> str:
@@ -33,24 +30,26 @@ class Unit:
         return f"{hashlib.sha256(self.data).hexdigest()[:16]}{SUFFIX}"
 
 
-def unit_of(case: Case) -> Unit:
-    """``case``, run once."""
-    reaches = sorted(index << 8 | bucket(count) for index, count in safe_run(case).counters.items())
-    return Unit(case_bytes.encode(case), array("I", reaches))
+def reach(data: bytes) -> array[int]:
+    """``Unit.reaches`` of a Case in bytes form, which is run once."""
+    counters = safe_run(case_bytes.decode(data)).counters
+    return array("I", sorted(index << 8 | bucket(count) for index, count in counters.items()))
 
 
-def minimal(units: list[Unit]) -> list[Unit]:
-    """Those of ``units`` that are needed to reach what all reach; none of them can be left out.
+def minimal(datas: Iterable[bytes], reaches_of: Callable[[bytes], Sequence[int]]) -> list[Unit]:
+    """Those of ``datas`` that are needed to reach what all reach; none of them can be left out.
 
-    The smallest win: in order of size, then of contents, a unit is taken if it reaches anything that those before it do
-    not; then those that later ones made superfluous go, the largest first. The order of ``units`` is of no account.
+    The smallest win: in order of size, then of contents, one is taken if it reaches anything that those before it do
+    not; then those that later ones made superfluous go, the largest first. The order of ``datas`` is of no account.
+    What is not taken is forgotten at once: there are thousands.
     """
     taken: list[Unit] = []
     times: dict[int, int] = {}
-    for unit in sorted(units, key=lambda unit: (len(unit.data), unit.data)):
-        if any(item not in times for item in unit.reaches):
-            taken.append(unit)
-            for item in unit.reaches:
+    for data in sorted(set(datas), key=lambda data: (len(data), data)):
+        reaches = reaches_of(data)
+        if any(item not in times for item in reaches):
+            taken.append(Unit(data, reaches))
+            for item in reaches:
                 times[item] = times.get(item, 0) + 1
     for unit in reversed(taken[:]):
         if all(times[item] > 1 for item in unit.reaches):
@@ -67,11 +66,16 @@ def merge(paths: list[Path], out: Path, tick: Callable[[int], None]) -> tuple[in
     whether or not it is one of ``paths``. Answers the number of Cases read, the units kept and the files removed.
     Raises ``InputError`` or ``CaseError`` for what cannot be read, before anything is written.
     """
-    units = []
-    for case in _cases(paths, out):
-        units.append(unit_of(case))
-        tick(len(units))
-    kept = minimal(units)
+    datas = [case_bytes.encode(case) for case in _cases(paths, out)]
+    ran = 0
+
+    def counted(data: bytes) -> Sequence[int]:
+        nonlocal ran
+        ran += 1
+        tick(ran)
+        return reach(data)
+
+    kept = minimal(datas, counted)
     writable_directory(out)
     for unit in kept:
         write_atomic(out / unit.name, unit.data)
@@ -81,7 +85,7 @@ def merge(paths: list[Path], out: Path, tick: Callable[[int], None]) -> tuple[in
         if path.name not in names and not path.name.startswith("."):
             path.unlink()
             removed += 1
-    return len(units), kept, removed
+    return len(datas), kept, removed
 
 
 def _cases(paths: list[Path], out: Path) -> list[Case]:
