@@ -92,8 +92,10 @@ def is_line(text: str) -> bool:
     """True for one line of text without control characters, at most 500 characters; empty counts."""
     if len(text) > MAX_LINE:
         return False
+    if text.isascii():
+        return text.isprintable()
     for character in text:
-        # By code point and not isprintable(): that changes with the Unicode tables of each Python.
+        # By code point and not isprintable(): beyond ASCII that changes with the Unicode tables of each Python.
         if character < " " or "\x7f" <= character <= "\x9f" or "\u2028" <= character <= "\u2029":
             return False
     return is_text(text)
