@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from mmufuzz.build.compilers import COVERAGE, Compiler, cannot_generate, version
+from mmufuzz.build.compilers import AT_LINK_TIME, COVERAGE, Compiler, cannot_generate, version
 from mmufuzz.build.core import COMPILED, DESCRIPTION, HERE, INSTRUMENTED, Core
 
 POLL_SECONDS: Final = 0.02
@@ -62,7 +62,7 @@ def compile_core(core: Core, compiler: Compiler, target: Path, progress: Progres
     objects = builder.compile()
     library = target / f"{core.library}{sysconfig.get_config_var('EXT_SUFFIX')}"
     progress("linking")
-    builder.run([*compiler.linker, "-shared", *_platform_link_flags(), "-o", str(library), *map(str, objects)])
+    builder.link(objects, library)
     description = {
         "kind": compiler.kind,
         "compiler": compiler.name,
@@ -103,6 +103,7 @@ class _Builder:
         self.progress = progress
         self.runtime = f"__native_{core.library.removesuffix('__mypyc')}.c"
         """The file that has mypyc's runtime in it."""
+        self.at_link_time: tuple[str, ...] = ()
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith("MMUFUZZ_")}
         self.environment.pop("LD_PRELOAD", None)
         self.environment["ZIG_GLOBAL_CACHE_DIR"] = self.environment["ZIG_LOCAL_CACHE_DIR"] = str(work / "zig")
@@ -114,6 +115,13 @@ class _Builder:
         probe = self.work / "probe.c"
         probe.write_text(PROBE)
         self.run(self._command(probe, instrumented=True))
+        if self.compiler.kind == COMPILED:
+            self.at_link_time = AT_LINK_TIME
+            try:
+                self.run(self._command(probe, instrumented=False))
+                self.link([self._object(probe)], self.work / "probe.so")
+            except BuildError:
+                self.at_link_time = ()
 
     def generate(self) -> None:
         """Write the sources and, with mypyc, the C for them."""
@@ -133,6 +141,11 @@ class _Builder:
         for done in _side_by_side(commands, self.environment):
             self.progress(f"{self.compiler.name}: {done} of {len(commands)} files")
         return [self._object(path) for path in files]
+
+    def link(self, objects: list[Path], library: Path) -> None:
+        """Make the shared library. Raises ``BuildError``."""
+        command = [*self.compiler.linker, *self.at_link_time, "-shared", *_platform_link_flags(), "-o", str(library)]
+        self.run([*command, *map(str, objects)])
 
     def run(self, command: list[str], cwd: Path | None = None) -> None:
         """Run one step to its end. Raises ``BuildError``."""
@@ -155,7 +168,7 @@ class _Builder:
                 runtime += ["-include", str(HERE / "traceback.h")]
         headers = dict.fromkeys(sysconfig.get_path(name) for name in ("include", "platinclude"))
         includes = [word for directory in headers for word in ("-I", directory)]
-        flags = [*self.compiler.flags, *coverage, *runtime, *includes]
+        flags = [*self.compiler.flags, *self.at_link_time, *coverage, *runtime, *includes]
         return [*self.compiler.command, *flags, "-c", str(path), "-o", str(self._object(path))]
 
 

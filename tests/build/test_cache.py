@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,8 +81,8 @@ def test_of_two_builders_at_once_one_waits_for_the_other(cache: Path, tmp_path: 
     assert [builder.returncode for builder in builders] == [0, 0], answers
     directories = [json.loads(out)[0] for out, _ in answers]
     assert directories[0] == directories[1] != "None"
-    # A probe, mypyc's two files and its runtime, and the link: once.
-    assert starts(tmp_path) == 5
+    # Two probes and the link of one, mypyc's two files and its runtime, our own file, and the link: once.
+    assert starts(tmp_path) == 8
 
 
 @needs_compiler
@@ -123,6 +124,16 @@ def test_a_broken_compiler_is_one_line_and_the_next_one_is_tried(cache: Path, tm
     assert list(cache.glob(".partial-*")) == []
 
 
+@needs_compiler
+def test_a_compiler_that_cannot_optimise_at_link_time_compiles_each_module_by_itself(
+    cache: Path, tmp_path: Path
+) -> None:
+    refusal = f'case "$*" in *-flto*) echo "error: no plugin"; exit 1;; esac\nexec {shutil.which("cc")} "$@" -O0'
+    made = build(toy(), script(tmp_path / "plain-cc", refusal))
+    assert made.directory is not None
+    assert made.notes == ()
+
+
 def test_a_compiler_that_is_gone_is_one_line(cache: Path, tmp_path: Path) -> None:
     if NEEDS_COMPILER:
         pytest.skip("compiling needs a C compiler and the extra compile")
@@ -135,7 +146,7 @@ def test_a_compiler_that_is_gone_is_one_line(cache: Path, tmp_path: Path) -> Non
 def test_a_type_error_in_the_core_is_one_line_that_says_where(cache: Path, tmp_path: Path) -> None:
     made = build(toy("def wrong() -> int:\n    return ''\n"), logging_compiler(tmp_path))
     assert made.directory is None
-    assert len(made.notes) == 1 and "toy/one.py:7: error: Incompatible return value type" in made.notes[0]
+    assert len(made.notes) == 1 and "toy/one.py:12: error: Incompatible return value type" in made.notes[0]
 
 
 @needs_compiler

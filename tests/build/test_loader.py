@@ -56,6 +56,22 @@ def test_modules_come_from_the_library_although_their_python_files_lie_in_the_pa
     assert held == "42" and file.startswith(str(compiled_toy)) and not file.endswith(".py")
 
 
+def test_a_traceback_of_compiled_code_names_every_frame_each_time(compiled_toy: Path, source: Path) -> None:
+    code = f"""{USE_TOY}
+sys.path.insert(0, sys.argv[2])
+import traceback
+from toy import two
+for number in (6, 3, 6):
+    try:
+        two.quarter(number)
+    except ValueError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        print(*[f"{{frame.filename}}:{{frame.lineno}}:{{frame.name}}" for frame in frames])
+"""
+    lines = python(code, compiled_toy, source).splitlines()
+    assert [line.split()[1:] for line in lines] == [["toy/two.py:12:quarter", "toy/one.py:9:half"]] * 3
+
+
 def test_modules_of_the_library_and_others_import_each_other(compiled_toy: Path, source: Path) -> None:
     (source / "toy" / "three.py").write_text("from toy.two import Box\nheld = Box(3).held\n")
     code = f"{USE_TOY}\nsys.path.insert(0, sys.argv[2])\nfrom toy import three, one\nprint(three.held, one.double(1))"

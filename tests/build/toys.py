@@ -21,9 +21,14 @@ def double(number: int) -> int:
     if number > 40:
         return number + number
     return 2 * number
+
+def half(number: int) -> int:
+    if number % 2:
+        raise ValueError(number)
+    return number // 2
 """
 TWO = """
-from toy.one import double
+from toy.one import double, half
 
 class Box:
     def __init__(self, held: int) -> None:
@@ -31,6 +36,9 @@ class Box:
 
 def boxed(number: int) -> Box:
     return Box(double(number))
+
+def quarter(number: int) -> int:
+    return half(half(number))
 """
 
 
