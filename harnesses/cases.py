@@ -18,7 +18,7 @@ from mmufuzz.campaign.corpus import load_directory
 from mmufuzz.campaign.harness import run_hypothesis_harness, test_recorder
 from mmufuzz.campaign.recorder import Recorder
 from mmufuzz.case import bytes as case_bytes
-from mmufuzz.case.generate import generate
+from mmufuzz.case.generate import CAMPAIGN, generate
 from mmufuzz.case.model import Case
 from mmufuzz.case.repair import repair
 from mmufuzz.case.rng import Rng
@@ -37,7 +37,7 @@ DEVIATIONS: Final = st.one_of(
 
 def generated(number: int, deviations: list[Deviation]) -> Case:
     """The Case that ``number`` seeds, under a sparse schedule."""
-    return repair(replace(generate(Rng(number)), schedule=tuple(deviations)))
+    return repair(replace(generate(Rng(number), CAMPAIGN), schedule=tuple(deviations)))
 
 
 SEEDS: Final = load_directory(Path(__file__).resolve().parents[1] / "corpus" / "seeds" / "atheris_cases")

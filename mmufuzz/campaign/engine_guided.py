@@ -16,7 +16,7 @@ from typing import Final
 
 from mmufuzz.campaign.budget import Budget
 from mmufuzz.campaign.recorder import Recorder
-from mmufuzz.case.generate import generate
+from mmufuzz.case.generate import CAMPAIGN, generate
 from mmufuzz.case.model import Case
 from mmufuzz.case.mutate import mutate, splice
 from mmufuzz.case.rng import Rng
@@ -85,7 +85,7 @@ class GuidedEngine:
         rng = self.rng.fork()
         corpus = self.recorder.corpus
         if len(corpus) == 0 or rng.chance(FRESH, 100):
-            case = generate(self.fresh.fork())
+            case = generate(self.fresh.fork(), CAMPAIGN)
         elif rng.chance(1, 4):
             case = splice(rng, corpus.choose(rng), corpus.choose(rng))
         else:

@@ -11,7 +11,7 @@ from typing import Final
 
 from mmufuzz.campaign.budget import Budget
 from mmufuzz.campaign.recorder import Recorder
-from mmufuzz.case.generate import generate
+from mmufuzz.case.generate import CAMPAIGN, generate
 from mmufuzz.case.rng import Rng
 from mmufuzz.outcome import OK
 from mmufuzz.search.strategies import portfolio
@@ -43,7 +43,7 @@ class RandomEngine:
     def _try(self) -> None:
         """A generated Case as it is, then under schedules that know nothing of it but its length."""
         recorder = self.recorder
-        case = recorder.kernel.dress(generate(self.fresh.fork()))
+        case = recorder.kernel.dress(generate(self.fresh.fork(), CAMPAIGN))
         recorder.case()
         self.cases += 1
         outcome = recorder.check(case)

@@ -12,6 +12,7 @@ from mmufuzz.kvm.emulate_ops import BusOps, EmulationFailed
 from mmufuzz.kvm.fixes import LATEST, behaviours
 from mmufuzz.kvm.opcode_table import ONLY64, TABLES, Opcode
 from mmufuzz.kvm.switches import Fixes
+from mmufuzz.kvm.x86 import toggle_interruptibility
 from mmufuzz.oracle.emulator_compare import Comparison, replay
 from mmufuzz.oracle.emulator_deviations import explain
 from mmufuzz.oracle.emulator_replay import Replay
@@ -57,6 +58,7 @@ def emulate(regs: Regs, bus: Bus) -> tuple[Opcode | None, int]:
         if not ctxt.have_exception:
             after.rip = ctxt.eip
             after.rflags = ctxt.eflags
+            toggle_interruptibility(after, ctxt.interruptibility)
         _compare(ctxt, regs.copy(), after)
     return entry, ctxt.insn.length
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 from mmufuzz.case import bytes as case_bytes
-from mmufuzz.case.generate import generate
+from mmufuzz.case.generate import CAMPAIGN, generate
 from mmufuzz.case.generate_insn import FEP
 from mmufuzz.case.model import Case
 from mmufuzz.case.mutate import mutate, splice
@@ -40,7 +40,7 @@ class Mutator:
     def mutated(self, data: bytes, max_size: int, rng: Rng, raw: Callable[[bytes, int], bytes]) -> bytes:
         """libFuzzer's custom mutator; ``raw`` is its own."""
         if len(data) < SHORT:
-            return case_bytes.encode(generate(rng))[:max_size]
+            return case_bytes.encode(generate(rng, CAMPAIGN))[:max_size]
         choice = rng.below(100)
         if choice < RAW:
             return raw(data, max_size)

@@ -14,7 +14,7 @@ numbers are little-endian.
     REG         1 vCPU · 2 register · 8..15 value
     STEP        1 vCPU · 2 length - 1 · 8..22 instruction bytes
     HOST        a host thread
-    HOST_OP     1 host thread · 2 operation
+    HOST_OP     1 host thread · 2 operation: 0 zap_all_fast, 1 interrupt with 3 vCPU · 4 vector
     DEVIATION   1 kind · 2 actor · 4..9 at · 10..15 until · 16..23 address
     TRACK       4..5 gfn of ``write_track``
     EXPECT      1 verdict
@@ -28,12 +28,14 @@ from __future__ import annotations
 from typing import Final
 
 from mmufuzz.case.error import CaseError
+from mmufuzz.case.host_ops import FIRST_VECTOR, interrupt_of, interrupt_op
 from mmufuzz.case.model import (
     FINDING,
     FLAT32,
     HOST_OPS,
     LONG4,
     MAX_STEP_BYTES,
+    MAX_VCPUS,
     NPT4,
     OK,
     SC,
@@ -125,6 +127,13 @@ def _vcpu_records(index: int, vcpu: Vcpu) -> list[bytes]:
     return records
 
 
+def _host_op(index: int, op: str) -> bytes:
+    vcpu, vector = interrupt_of(op)
+    if vcpu < 0:
+        return _record(_HOST_OP, index)
+    return _record(_HOST_OP, index, 1, vcpu, bytes((vector,)))
+
+
 def encode(case: Case) -> bytes:
     """The bytes of a valid ``case``. ``decode`` gives it back."""
     options = case.options
@@ -143,7 +152,7 @@ def encode(case: Case) -> bytes:
     for index in range(len(case.host)):
         records.append(_record(_HOST))
         for op in case.host[index].ops:
-            records.append(_record(_HOST_OP, index, HOST_OPS.index(op)))
+            records.append(_host_op(index, op))
     for deviation in case.schedule:
         labels = deviation.at.to_bytes(6, "little") + deviation.until.to_bytes(6, "little")
         records.append(_record(_DEVIATION, deviation.kind, deviation.actor, 0, labels + _u64(deviation.address)))
@@ -268,7 +277,11 @@ class _Reader:
         elif kind == _HOST:
             self.host_threads += 1
         elif kind == _HOST_OP:
-            self.host_ops.append((data[at + 1], HOST_OPS[data[at + 2] % len(HOST_OPS)]))
+            op = HOST_OPS[0]
+            if data[at + 2] & 1:
+                vector = data[at + 4]
+                op = interrupt_op(data[at + 3] % MAX_VCPUS, vector if vector >= FIRST_VECTOR else vector + FIRST_VECTOR)
+            self.host_ops.append((data[at + 1], op))
         elif kind == _TRACK:
             self.tracked.append(self.u16(at + 4))
         elif kind == _EXPECT:

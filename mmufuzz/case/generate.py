@@ -11,14 +11,25 @@ from typing import Final
 from mmufuzz.case.generate_emulate import emulate_scene
 from mmufuzz.case.generate_exits import exits_scene
 from mmufuzz.case.generate_insn import PLAIN, RMW, UNEMULATED, VECTOR
-from mmufuzz.case.generate_vm import DEFAULT, MMIO, PML4_SPAN, GenerateOptions, Machine, Machines
+from mmufuzz.case.generate_irq import interrupt_scene
+from mmufuzz.case.generate_vm import CAMPAIGN, DEFAULT, MMIO, PML4_SPAN, GenerateOptions, Machine, Machines
 from mmufuzz.case.model import Case
 from mmufuzz.case.mutate import mutate, splice
 from mmufuzz.case.repair import repair
 from mmufuzz.case.rng import Rng
 from mmufuzz.case.tables import A, P, U, W, entry
 
-__all__ = ["DEFAULT", "SHAPES", "GenerateOptions", "generate", "generate_shape", "mutate", "splice"]
+__all__ = [
+    "CAMPAIGN",
+    "DEFAULT",
+    "INTERRUPT",
+    "SHAPES",
+    "GenerateOptions",
+    "generate",
+    "generate_shape",
+    "mutate",
+    "splice",
+]
 
 ROOT_RACE: Final = "root-race"  # FLAT32 stores into the root of a paging vCPU that is about to use it
 TABLE_RACE: Final = "table-race"  # the same with a table below the root
@@ -43,6 +54,10 @@ SHAPES: Final = (
 )
 """Shapes and how many of a hundred Cases have them."""
 
+INTERRUPT: Final = "interrupt"  # external interrupts for a guest with an IDT
+INTERRUPTS: Final = 5
+"""Cases of a hundred that have this shape, if interrupts are asked for."""
+
 NESTED_ROOT_RACE: Final = 50
 """Root races, of a hundred, that are on L1's nested page table.
 
@@ -53,6 +68,8 @@ that first reads it.
 
 def generate(rng: Rng, options: GenerateOptions = DEFAULT) -> Case:
     """A random valid Case."""
+    if options.interrupts and rng.chance(INTERRUPTS, 100):
+        return generate_shape(rng, INTERRUPT, options)
     choice = rng.below(100)
     for shape, weight in SHAPES:
         choice -= weight
@@ -63,7 +80,9 @@ def generate(rng: Rng, options: GenerateOptions = DEFAULT) -> Case:
 
 def generate_shape(rng: Rng, shape: str, options: GenerateOptions = DEFAULT) -> Case:
     """A random valid Case of one shape."""
-    vm = Machines(rng, options, NESTED_ROOT_RACE if shape == ROOT_RACE else 12)
+    # What is not modelled of L2 guests: interrupts.
+    nested = NESTED_ROOT_RACE if shape == ROOT_RACE else 0 if shape == INTERRUPT else 12
+    vm = Machines(rng, options, nested)
     if shape == ROOT_RACE:
         _race(vm, 4)
     elif shape == TABLE_RACE:
@@ -80,6 +99,8 @@ def generate_shape(rng: Rng, shape: str, options: GenerateOptions = DEFAULT) -> 
         emulate_scene(vm)
     elif shape == EXITS:
         exits_scene(vm)
+    elif shape == INTERRUPT:
+        interrupt_scene(vm)
     else:
         _free(vm)
     if shape != FREE and vm.percent(20):

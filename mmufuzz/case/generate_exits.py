@@ -18,6 +18,7 @@ _EFER: Final = (0x500, 0xD00, 0xD01, 0x501)
 _CODE64: Final = 0x00AF9B000000FFFF
 _DATA64: Final = 0x00CF93000000FFFF
 _FIRST_VECTORS: Final = 15
+_INTERRUPT: Final = 0x20
 _ERROR_CODES: Final = (8, 10, 11, 12, 13, 14)
 _NEXT: Final = b"\x48\x83\x04\x24\x10\x48\x83\x24\x24\xf0\x48\xcf"
 """A handler that returns to the next step: add qword [rsp], 16; and qword [rsp], -16; iretq."""
@@ -205,15 +206,7 @@ def _idt(vm: Machines) -> None:
     if not program.mode64:
         _debug(vm)
         return
-    system = machine.free_page()
-    frame = vm.map_data(machine, system)
-    machine.data.pop()
-    vm.tables.map(machine.root, system, frame, P | W | U | 0x60)
-    _fill_system_page(vm, system, frame)
-    base = program.address(system)
-    # LGDT [base + 0x1f0]; LIDT [base + 0x200].
-    program.emit(_with_displacement(2, base, 0x1F0))
-    program.emit(_with_displacement(3, base, 0x200))
+    load_system_tables(vm, machine)
     stacks = machine.aliases if machine.aliases and vm.percent(25) else machine.data
     if stacks:
         program.need(_RSP, vm.place(stacks)[0] + 0x800)
@@ -234,6 +227,20 @@ def _idt(vm: Machines) -> None:
     program.forget(_RSP)
 
 
+def load_system_tables(vm: Machines, machine: Machine, interrupts: tuple[bytes, ...] = ()) -> None:
+    """Give 64-bit code a page with GDT, IDT and handlers, and load its tables; ``interrupts`` handle 0x20 and so on."""
+    program = machine.program
+    system = machine.free_page()
+    frame = vm.map_data(machine, system)
+    machine.data.pop()
+    vm.tables.map(machine.root, system, frame, P | W | U | 0x60)
+    _fill_system_page(vm, system, frame, interrupts)
+    base = program.address(system)
+    # LGDT [base + 0x1f0]; LIDT [base + 0x200].
+    program.emit(_with_displacement(2, base, 0x1F0))
+    program.emit(_with_displacement(3, base, 0x200))
+
+
 def _with_displacement(extension: int, base: int, displacement: int) -> bytes:
     """0F 01 /``extension`` with the operand [``base`` + ``displacement``]."""
     prefix = b"\x41" if base >= 8 else b""
@@ -241,28 +248,38 @@ def _with_displacement(extension: int, base: int, displacement: int) -> bytes:
     return prefix + bytes((0x0F, 0x01, modrm)) + displacement.to_bytes(4, "little")
 
 
-def _fill_system_page(vm: Machines, gva: int, gfn: int) -> None:
-    """GDT at 0, the operands of LGDT and LIDT at 0x1F0 and 0x200, IDT at 0x210, handlers at 0x400."""
+def _fill_system_page(vm: Machines, gva: int, gfn: int, interrupts: tuple[bytes, ...]) -> None:
+    """GDT at 0, the operands of LGDT and LIDT at 0x1F0 and 0x200, IDT at 0x210, handlers behind it."""
     tables = vm.tables
     words = [0, 0, _CODE64, _DATA64]
     for position in range(len(words)):
         tables.set(gfn, position, words[position])
     _set_table_register(vm, gfn, 0x1F0, gva, 0x1F)
-    _set_table_register(vm, gfn, 0x200, gva + 0x210, 16 * _FIRST_VECTORS + 0xF)
+    vectors = _INTERRUPT + len(interrupts) if interrupts else _FIRST_VECTORS
+    _set_table_register(vm, gfn, 0x200, gva + 0x210, 16 * vectors + 0xF)
+    # A longer IDT comes to where the handlers are otherwise.
+    place = 0x800 if interrupts else 0x400
     for vector in range(_FIRST_VECTORS):
         if vm.percent(15):
             continue
         handler = 1 if vector in _ERROR_CODES else 0
         if vm.percent(3):
             handler = vm.rng.below(len(_HANDLERS))
-        address = gva + 0x400 + 16 * handler
-        low = address & 0xFFFF | 0x10 << 16 | 0x8E << 40 | (address >> 16 & 0xFFFF) << 48
-        tables.set(gfn, (0x210 + 16 * vector) >> 3, low)
-        tables.set(gfn, (0x218 + 16 * vector) >> 3, address >> 32)
-    for handler in range(len(_HANDLERS)):
-        code = _HANDLERS[handler].ljust(16, b"\x90")
-        tables.set(gfn, (0x400 + 16 * handler) >> 3, int.from_bytes(code[:8], "little"))
-        tables.set(gfn, (0x408 + 16 * handler) >> 3, int.from_bytes(code[8:], "little"))
+        _set_gate(vm, gfn, vector, gva + place + 16 * handler)
+    handlers = _HANDLERS + interrupts
+    for number in range(len(interrupts)):
+        _set_gate(vm, gfn, _INTERRUPT + number, gva + place + 16 * (len(_HANDLERS) + number))
+    for handler in range(len(handlers)):
+        code = handlers[handler].ljust(16, b"\x90")
+        tables.set(gfn, (place + 16 * handler) >> 3, int.from_bytes(code[:8], "little"))
+        tables.set(gfn, (place + 8 + 16 * handler) >> 3, int.from_bytes(code[8:], "little"))
+
+
+def _set_gate(vm: Machines, gfn: int, vector: int, address: int) -> None:
+    """An interrupt gate of the IDT at 0x210."""
+    low = address & 0xFFFF | 0x10 << 16 | 0x8E << 40 | (address >> 16 & 0xFFFF) << 48
+    vm.tables.set(gfn, (0x210 + 16 * vector) >> 3, low)
+    vm.tables.set(gfn, (0x218 + 16 * vector) >> 3, address >> 32)
 
 
 def _set_table_register(vm: Machines, gfn: int, offset: int, base: int, limit: int) -> None:

@@ -55,9 +55,12 @@ class GenerateOptions:
     sc: bool = True
     nested: bool = True
     event_limit: int = 20000
+    interrupts: bool = False
 
 
 DEFAULT: Final = GenerateOptions()
+CAMPAIGN: Final = GenerateOptions(interrupts=True)
+"""What campaigns search."""
 
 
 class Machine:
@@ -108,6 +111,8 @@ class Machines:
         self.data_gfns = list(DATA)
         self.tracked: list[int] = []
         self.decode_to_skip = False
+        self.interrupts: list[str] = []
+        """Operations of a host thread of their own."""
         self.fep = options.fep and rng.chance(3, 4)
         self.nested = options.nested and rng.chance(nested, 100)
         if rng.chance(1, 8):
@@ -320,6 +325,8 @@ class Machines:
         host: list[HostThread] = []
         if options.host and self.percent(15):
             host.append(HostThread((ZAP_ALL_FAST,) * (1 + self.rng.below(2))))
+        if self.interrupts:
+            host.append(HostThread(tuple(self.interrupts)))
         pages = self.pick((20, 22, 24)) if self.percent(6) else 64
         memory_model = SC if options.sc and self.percent(8) else TSO
         return Case(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from mmufuzz.case.generate_insn import FEP, PLAIN, RCX, RMW, UNEMULATED, Program
+from mmufuzz.case.host_ops import FIRST_VECTOR, interrupt_op
 from mmufuzz.case.model import (
     CODE_SLOT,
     FLAT32,
@@ -304,6 +305,8 @@ def _change_vcpus(rng: Rng, case: Case) -> Case:
 def _change_host(rng: Rng, case: Case) -> Case:
     host = list(case.host)
     op = HOST_OPS[rng.below(len(HOST_OPS))]
+    if rng.chance(1, 3):
+        op = interrupt_op(rng.below(len(case.vcpus)), FIRST_VECTOR)
     if not host:
         return replace(case, host=(HostThread((op,)),))
     index = rng.below(len(host))

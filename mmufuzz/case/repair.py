@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from mmufuzz.case.host_ops import interrupt_of, interrupt_op
 from mmufuzz.case.model import (
     FINDING,
     FLAT32,
@@ -84,7 +85,7 @@ def repair(case: Case) -> Case:
     """
     slots = repair_slots(case.slots)
     vcpus = repair_vcpus(case.vcpus, slots)
-    host = repair_host(case.host)
+    host = repair_host(case.host, vcpus)
     return Case(
         kernel=case.kernel if is_id(case.kernel) else DEFAULT_KERNEL,
         revert=_ids(case.revert),
@@ -227,13 +228,17 @@ def _code_gva(gva: int, pages: int, mode64: bool) -> int:
     return min(gva, end - pages * PAGE)
 
 
-def repair_host(host: Sequence[HostThread]) -> tuple[HostThread, ...]:
-    """Host threads with known operations only."""
+def repair_host(host: Sequence[HostThread], vcpus: Sequence[Vcpu]) -> tuple[HostThread, ...]:
+    """Host threads with known operations only; none interrupts an L2 guest."""
     kept: list[HostThread] = []
     for thread in host[:MAX_HOST_THREADS]:
         ops: list[str] = []
         for op in thread.ops:
-            if op in HOST_OPS and len(ops) < MAX_OPS:
+            vcpu, vector = interrupt_of(op)
+            if vcpu >= 0:
+                vcpu %= len(vcpus)
+                op = interrupt_op(vcpu, vector)
+            if (op in HOST_OPS or (vcpu >= 0 and vcpus[vcpu].mode != NPT4)) and len(ops) < MAX_OPS:
                 ops.append(op)
         kept.append(HostThread(tuple(ops)))
     return tuple(kept)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from mmufuzz.case.error import CaseError
+from mmufuzz.case.host_ops import FORM, interrupt_of
 from mmufuzz.case.model import (
     CODE_SLOT,
     FINDING,
@@ -300,9 +301,17 @@ def _check_host(case: Case) -> None:
         _check_count(f"host[{index}].ops", len(ops), 0, MAX_OPS, "operations")
         for position in range(len(ops)):
             if ops[position] not in HOST_OPS:
-                raise CaseError(
-                    f"host[{index}].ops[{position}]", f"expected one of {', '.join(HOST_OPS)}, got '{ops[position]}'"
-                )
+                _check_interrupt(f"host[{index}].ops[{position}]", ops[position], case.vcpus)
+
+
+def _check_interrupt(place: str, op: str, vcpus: Sequence[Vcpu]) -> None:
+    vcpu, _ = interrupt_of(op)
+    if vcpu < 0:
+        raise CaseError(place, f"expected {FORM}, got '{op}'")
+    if vcpu >= len(vcpus):
+        raise CaseError(place, f"expected one of {len(vcpus)} vCPUs, got vcpu{vcpu}")
+    if vcpus[vcpu].mode == NPT4:
+        raise CaseError(place, f"expected no interrupt for an L2 guest, got '{op}'")
 
 
 def _check_label(place: str, packed: int, threads: int) -> None:

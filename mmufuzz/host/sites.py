@@ -57,6 +57,8 @@ SITE_NAMES: Final = (
     "word.store",
     "word.atomic",
     "mmu_valid_gen.load",
+    "irq.load",  # userspace's interrupt controller, and the signal that gets a vCPU's thread to look at it
+    "irq.atomic",
 )
 
 THREAD_START: Final = 0
@@ -105,8 +107,10 @@ WORD_LOAD: Final = 42
 WORD_STORE: Final = 43
 WORD_ATOMIC: Final = 44
 VALID_GEN_LOAD: Final = 45
+IRQ_LOAD: Final = 46
+IRQ_ATOMIC: Final = 47
 
-N_SITES: Final = 46
+N_SITES: Final = 48
 
 STORE_SITES: Final = tuple(site for site in range(N_SITES) if SITE_NAMES[site].endswith((".store", ".unlock")))
 """Sites whose stores may be held in the store buffer."""

@@ -156,6 +156,9 @@ EXITS: Final = (
     "task-switch",
     "triple-fault",
     "program-end",
+    "interrupt-window",
+    "preemption-timer",
+    "invalid-state",
 )
 
 SEEN: Final = ("seen", "missed")

@@ -96,6 +96,8 @@ class X86EmulateCtxt:
         """RFLAGS.TF at the start of the instruction."""
         self.completed = False
         """The instruction has been executed to its end: ``eip`` is behind it."""
+        self.interruptibility = 0
+        """SHADOW_* bit of a STI, or of a load of SS even if that fails."""
         self.op_bytes = 0
         self.lock_prefix = False
         self.src = Operand()
@@ -126,6 +128,7 @@ class X86EmulateCtxt:
         self.eip = regs.rip
         self.eflags = regs.rflags
         self.tf = regs.rflags & FLAG_TF != 0
+        self.interruptibility = 0
         self.completed = False
         self.have_exception = False
         self.cmpxchg_failed = False

@@ -29,6 +29,7 @@ from mmufuzz.x86.state import (
     FLAG_NT,
     FLAG_VM,
     FLAG_ZF,
+    SHADOW_MOV_SS,
 )
 
 _POPF_FLAGS: Final = 0xDD5 | FLAG_NT | FLAG_AC | FLAG_ID
@@ -73,6 +74,9 @@ def em_push_sreg(ctxt: X86EmulateCtxt) -> None:
 def em_pop_sreg(ctxt: X86EmulateCtxt) -> None:
     """emulate.c:em_pop_sreg."""
     selector = emulate_pop(ctxt, 2)
+    # Before it was fixed, KVM looked at a ModRM byte that POP does not have.
+    if (ctxt.src2.val if ctxt.fixes.pop_ss_shadow else ctxt.insn.modrm_reg) == SS:
+        ctxt.interruptibility = SHADOW_MOV_SS
     if ctxt.op_bytes > 2:
         rsp_increment(ctxt, ctxt.op_bytes - 2)
     load_segment_descriptor(ctxt, selector, ctxt.src2.val)

@@ -29,7 +29,7 @@ from mmufuzz.x86 import cpuid
 from mmufuzz.x86.execute_operands import MASK32, MASK64, RAX, RBX, RCX, RDI, RDX
 from mmufuzz.x86.execute_x87 import reset
 from mmufuzz.x86.execute_xsave import fxsave_image, load_fxsave_image
-from mmufuzz.x86.insn import CS, GS, LDTR, TR
+from mmufuzz.x86.insn import CS, GS, LDTR, SS, TR
 from mmufuzz.x86.state import (
     CR0_EM,
     CR0_TS,
@@ -37,6 +37,8 @@ from mmufuzz.x86.state import (
     FLAG_IF,
     MSR_TSC,
     MSR_TSC_AUX,
+    SHADOW_MOV_SS,
+    SHADOW_STI,
     VECTOR_GP,
     VECTOR_NM,
     VECTOR_UD,
@@ -68,6 +70,8 @@ def em_mov_sreg_rm(ctxt: X86EmulateCtxt) -> None:
     index = ctxt.insn.modrm_reg
     if index == CS or index > GS:
         raise Fault(VECTOR_UD)
+    if index == SS:
+        ctxt.interruptibility = SHADOW_MOV_SS
     load_segment_descriptor(ctxt, ctxt.src.val & 0xFFFF, index)
 
 
@@ -242,10 +246,11 @@ def em_xsetbv(ctxt: X86EmulateCtxt) -> None:
 
 
 def interrupts(ctxt: X86EmulateCtxt) -> None:
-    """emulate.c:em_cli, em_sti."""
+    """emulate.c:em_cli, em_sti: STI casts a shadow whether IF was set or not."""
     if bad_iopl(ctxt):
         raise Fault(VECTOR_GP, 0)
     if ctxt.insn.name == "sti":
+        ctxt.interruptibility = SHADOW_STI
         ctxt.eflags |= FLAG_IF
     else:
         ctxt.eflags &= ~FLAG_IF

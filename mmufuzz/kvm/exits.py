@@ -23,6 +23,9 @@ EXIT_WRMSR: Final = "wrmsr"
 EXIT_IO: Final = "io"
 EXIT_TASK_SWITCH: Final = "task-switch"
 EXIT_TRIPLE_FAULT: Final = "triple-fault"
+EXIT_INTERRUPT_WINDOW: Final = "interrupt-window"
+EXIT_PREEMPTION_TIMER: Final = "preemption-timer"
+EXIT_INVALID_STATE: Final = "invalid-state"
 EXIT_DONE: Final = "program-end"
 
 

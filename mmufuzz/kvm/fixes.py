@@ -43,6 +43,7 @@ LOCKED_ATOMIC: Final = "emulator.locked-atomic"
 REP_ZERO_QUIRK: Final = "emulator.rep-zero-quirk"
 MOVBE66: Final = "emulator.movbe66"
 SEGMENT_PRIVILEGE: Final = "emulator.segment-privilege"
+POP_SS_SHADOW: Final = "emulator.pop-ss-shadow"
 
 KERNELS: Final = ("v6.1", "v6.8", "v6.9", "v6.12")
 LATEST: Final = "v6.12"
@@ -335,6 +336,15 @@ FIXES: Final = (
         "emulator",
         (SEGMENT_PRIVILEGE,),
         "emulate.c:__load_segment_descriptor",
+    ),
+    Fix(
+        "emulate-pop-ss",
+        "KVM: x86/emulator: Fix handing of POP SS to correctly set interruptibility",
+        "6aa5c47c351b",
+        "v6.1",
+        "emulator",
+        (POP_SS_SHADOW,),
+        "emulate.c:em_pop_sreg",
     ),
 )
 

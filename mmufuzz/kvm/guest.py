@@ -21,6 +21,7 @@ from mmufuzz.kvm.exits import (
     EXIT_DONE,
     EXIT_HLT,
     EXIT_INTERRUPT,
+    EXIT_INTERRUPT_WINDOW,
     EXIT_INVLPG,
     EXIT_INVPCID,
     EXIT_PF,
@@ -30,6 +31,7 @@ from mmufuzz.kvm.exits import (
 )
 from mmufuzz.kvm.guest_events import deliver, deliver_event, has_idt, inject_event, settle_rip, software_event
 from mmufuzz.kvm.intercepts import INTERCEPTED, intercept
+from mmufuzz.kvm.interrupts import vmx_interrupt_blocked
 from mmufuzz.kvm.role import role_level
 from mmufuzz.kvm.structs import QueuedException, Vcpu
 from mmufuzz.x86.breakpoints import DR7_ENABLED, code_breakpoint
@@ -54,6 +56,7 @@ from mmufuzz.x86.state import (
     FLAG_AC,
     FLAG_RF,
     FLAG_TF,
+    SHADOW_MOV_SS,
     VECTOR_GP,
     VECTOR_PF,
     VECTOR_UD,
@@ -256,11 +259,16 @@ def run_guest(vcpu: Vcpu, bus: GuestBus) -> VmExit:
         vmexit = inject_event(vcpu, bus)
         if vmexit is not None:
             return vmexit
+    irqchip = vcpu.irqchip
+    if irqchip is not None:
+        vcpu.kvm.observer.vm_entered(vcpu.index)
     while True:
         if vcpu.thread.peek(vcpu.ipi_address):
             return VmExit(EXIT_INTERRUPT)
         if vcpu.finished:
             return VmExit(EXIT_DONE)
+        if irqchip is not None and irqchip.window_exiting and not vmx_interrupt_blocked(vcpu):
+            return VmExit(EXIT_INTERRUPT_WINDOW)
         if regs.dr[7] & DR7_ENABLED:
             hit = code_breakpoint(regs)
             if hit:
@@ -290,7 +298,7 @@ def run_guest(vcpu: Vcpu, bus: GuestBus) -> VmExit:
         if flags & FLAG_RF and insn.mnemonic != "iret":
             regs.rflags &= ~FLAG_RF
         settle_rip(vcpu)
-        if flags & FLAG_TF:
+        if flags & FLAG_TF and not regs.shadow & SHADOW_MOV_SS:
             return VmExit(EXIT_DB, DR6_BS)
 
 

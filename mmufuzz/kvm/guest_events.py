@@ -9,7 +9,15 @@ from __future__ import annotations
 from typing import Final
 
 from mmufuzz.case.model import CODE_SLOT
-from mmufuzz.kvm.exits import EXIT_PF, EXIT_TASK_SWITCH, EXIT_TRIPLE_FAULT, VmExit
+from mmufuzz.kvm.exits import (
+    EXIT_INVALID_STATE,
+    EXIT_PF,
+    EXIT_PREEMPTION_TIMER,
+    EXIT_TASK_SWITCH,
+    EXIT_TRIPLE_FAULT,
+    VmExit,
+)
+from mmufuzz.kvm.interrupts import vmx_interrupt_blocked
 from mmufuzz.kvm.structs import QueuedException, Vcpu
 from mmufuzz.x86.breakpoints import deliver_debug_payload
 from mmufuzz.x86.bus import Bus
@@ -49,6 +57,7 @@ def settle_rip(vcpu: Vcpu) -> None:
 def next_step(vcpu: Vcpu) -> None:
     """Leave the current step: what a test kernel's fixup table does after an exception it expects."""
     step = vcpu.thread.step + 1
+    vcpu.regs.shadow = 0
     vcpu.regs.rip = vcpu.spec.code_gva + CODE_SLOT * step
     if step < len(vcpu.spec.program):
         vcpu.thread.step = step
@@ -63,6 +72,7 @@ def deliver(vcpu: Vcpu, exception: QueuedException) -> None:
     """
     _raise(vcpu, exception)
     _log(vcpu, exception, vcpu.regs.rip)
+    vcpu.regs.shadow = 0
     if exception.vector == VECTOR_DB and exception.payload & DR6_BS:
         return
     vcpu.progress += 1
@@ -94,18 +104,29 @@ def _log(vcpu: Vcpu, exception: QueuedException, rip: int) -> None:
 
 
 def inject_event(vcpu: Vcpu, bus: Bus) -> VmExit | None:
-    """VM entry with an event: the CPU delivers it before it executes anything. None if no exit came in between."""
+    """VM entry with an event: the CPU delivers it before it executes anything. None if no exit came in between.
+
+    x86.c:kvm_check_and_inject_events: an exception first. What it leaves behind in ``Vcpu.interrupt`` does not survive
+    the next exit (vmx.c:__vmx_complete_interrupts), which KVM asks for at once.
+    """
     exception = vcpu.exception
     again = vcpu.exception_injected
+    interrupt = vcpu.interrupt
     if exception is None:
-        exception = vcpu.interrupt
+        if interrupt is not None and interrupt.is_external and vmx_interrupt_blocked(vcpu):
+            # SDM vol. 3, 27.3.1.4 and 27.3.1.5.
+            return VmExit(EXIT_INVALID_STATE)
+        exception = interrupt
         again = True
     vcpu.exception = None
     vcpu.exception_injected = False
     vcpu.interrupt = None
     if exception is None:
         return None
-    return deliver_event(vcpu, bus, exception, again)
+    vmexit = deliver_event(vcpu, bus, exception, again)
+    if vmexit is None and interrupt is not None and vcpu.irqchip is not None:
+        return VmExit(EXIT_PREEMPTION_TIMER)
+    return vmexit
 
 
 def deliver_event(vcpu: Vcpu, bus: Bus, exception: QueuedException, again: bool) -> VmExit | None:
@@ -118,6 +139,8 @@ def deliver_event(vcpu: Vcpu, bus: Bus, exception: QueuedException, again: bool)
     while True:
         if not again:
             _raise(vcpu, exception)
+        if exception.is_external:
+            vcpu.kvm.observer.interrupt_begins(vcpu.index, exception.vector)
         rip = regs.rip
         try:
             software = exception.soft_length != 0
@@ -136,6 +159,10 @@ def deliver_event(vcpu: Vcpu, bus: Bus, exception: QueuedException, again: bool)
             again = False
             continue
         vcpu.kvm.mark("guest.idt")
+        if exception.is_external:
+            vcpu.kvm.mark("interrupt.delivered")
+            vcpu.kvm.host.note("guest interrupt {0:#x}", exception.vector)
+            vcpu.kvm.observer.interrupt_delivered(vcpu.index, exception.vector)
         if not software:
             _log(vcpu, exception, rip)
         vcpu.progress += 1

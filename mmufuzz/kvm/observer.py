@@ -36,6 +36,24 @@ class Observer:
     def emulation_ends(self, vcpu: int) -> None:
         """It has, RIP and RFLAGS included, unless an exception is queued or userspace has to answer first."""
 
+    def interrupt_queued(self, vcpu: int, vector: int) -> None:
+        """Userspace has handed an interrupt over to KVM."""
+
+    def interrupt_begins(self, vcpu: int, vector: int) -> None:
+        """The CPU begins to deliver it, perhaps not for the first time."""
+
+    def interrupt_delivered(self, vcpu: int, vector: int) -> None:
+        """The guest stands at its handler's first instruction."""
+
+    def vm_entered(self, vcpu: int) -> None:
+        """A vCPU that takes interrupts is in guest mode, with whatever was injected delivered."""
+
+    def vm_entry_failed(self, vcpu: int) -> None:
+        """The CPU refuses to inject an interrupt where none can be taken."""
+
+    def guest_shutdown(self, vcpu: int) -> None:
+        """A triple fault ends the guest, and what was queued for it."""
+
     def temporary_used(self, vcpu: int, site: str) -> None:
         """Kernel function ``site`` reads a local variable of a function that has returned."""
 

@@ -21,6 +21,7 @@ from mmufuzz.kvm.io import Device, Mmio, Pio
 from mmufuzz.kvm.observer import Observer
 from mmufuzz.kvm.role import ROLE_DIRECT, ROLE_PASSTHROUGH, role_level
 from mmufuzz.kvm.switches import Fixes
+from mmufuzz.x86.event import FIRST_INTERRUPT
 from mmufuzz.x86.paging import PagingConfig, paging_config
 from mmufuzz.x86.state import FLAG_AC, Regs
 from mmufuzz.x86.tlb import Tlb
@@ -46,6 +47,11 @@ _NESTED_PAGING: Final = PagingConfig(4, cr0_wp=False, efer_nx=True)
 
 INVALID_GPA: Final = -1
 INVALID_PFN: Final = -1
+
+
+def vcpu_address(index: int) -> int:
+    """Where the words of a vCPU lie that other threads reach without a lock: 256 bytes."""
+    return KERNEL_DATA + 0x1000 + (index << 8)
 
 
 class MemSlot:
@@ -115,6 +121,40 @@ class QueuedException:
         self.payload = payload
         self.soft_length = soft_length
 
+    @property
+    def is_external(self) -> bool:
+        """True for an interrupt that does not come from an instruction."""
+        return self.vector >= FIRST_INTERRUPT and self.soft_length == 0
+
+
+IRQCHIP_OFFSET: Final = 0x40
+
+
+class Irqchip:
+    """The interrupt controller that the modelled userspace has for one vCPU, and the vCPU's fields of struct kvm_run.
+
+    ``irr_address``: four words with a bit for each vector that is pending. ``signal_address``: not 0 while a signal is
+    pending for the vCPU's thread.
+    """
+
+    def __init__(self, base: int) -> None:
+        self.irr_address = base
+        self.signal_address = base + 0x20
+        self.ready_for_interrupt_injection = False
+        self.request_interrupt_window = False
+        self.window_exiting = False
+        """CPU_BASED_INTR_WINDOW_EXITING: the CPU exits as soon as an interrupt could be taken."""
+        self.halted = False
+        """The last exit was KVM_EXIT_HLT."""
+
+    def state(self, memory: Memory) -> list[int]:
+        """Everything as numbers: equal lists mean equal states."""
+        flags = self.ready_for_interrupt_injection | self.request_interrupt_window << 1
+        state = [flags | self.window_exiting << 2 | self.halted << 3]
+        for address in range(self.irr_address, self.signal_address + 8, 8):
+            state.append(memory.read(address, 8))
+        return state
+
 
 class Vcpu:
     """struct kvm_vcpu, with the logical CPU it is pinned to."""
@@ -128,7 +168,7 @@ class Vcpu:
         self.tlb = Tlb()
         self.guest_mode = spec.mode == NPT4
         """is_guest_mode: an L2 guest runs, and what KVM shadows is L1's nested page table."""
-        base = KERNEL_DATA + 0x1000 + (index << 8)
+        base = vcpu_address(index)
         self.mode_address = base
         self.requests_address = base + 8
         self.ipi_address = base + 16
@@ -148,7 +188,9 @@ class Vcpu:
         self.exception_injected = False
         """Its delivery has begun, and exited."""
         self.interrupt: QueuedException | None = None
-        """vcpu->arch.interrupt: an INT n whose delivery has begun, and exited."""
+        """vcpu->arch.interrupt: what userspace has handed over, or an INT n or interrupt whose delivery exited."""
+        self.irqchip: Irqchip | None = None
+        """None for a vCPU that nobody interrupts."""
         self.emulate_ctxt = X86EmulateCtxt(self.regs, kvm.fixes)
         self.mmio = Mmio()
         self.pio = Pio()
@@ -158,7 +200,7 @@ class Vcpu:
         self.skip_step = False
         """Userspace makes the guest go on at its next step."""
         self.exceptions: list[tuple[int, int, int, int]] = []
-        """What the guest was delivered: vector, error code, CR2 (0 but for #PF), RIP."""
+        """What the guest was delivered, interrupts too: vector, error code, CR2 (0 but for #PF), RIP."""
         self.userspace_exits: list[str] = []
         self._paging = paging_config(self.regs)
         self._paging_cr0 = 0
@@ -216,6 +258,8 @@ class Kvm:
         self.ports = Device(0xFF)
         self.slots: list[MemSlot] = []
         self.vcpus: list[Vcpu] = []
+        self.vcpu_count = 0
+        """Threads from this index on are host threads."""
         # The ranks follow Documentation/virt/kvm/locking.rst: slots_lock outside, mmu_lock innermost.
         self.slots_lock = Lock(host, "slots_lock", 1, KERNEL_DATA + 0x108, SLOTS_LOCK, SLOTS_UNLOCK)
         self.mmu_lock = Lock(host, "mmu_lock", 2, KERNEL_DATA + 0x100, MMU_LOCK, MMU_UNLOCK)

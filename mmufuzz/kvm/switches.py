@@ -14,6 +14,7 @@ from mmufuzz.kvm.fixes import (
     MOVBE66,
     NO_SINGLESTEP_ON_FAULT,
     NULL_SS,
+    POP_SS_SHADOW,
     REEXECUTE_FLAG_ONLY,
     REEXECUTE_LOCKLESS,
     REEXECUTE_ONE_PATH,
@@ -68,3 +69,4 @@ class Fixes:
         self.rep_zero_quirk = REP_ZERO_QUIRK in behaviours
         self.movbe66 = MOVBE66 in behaviours
         self.segment_privilege = SEGMENT_PRIVILEGE in behaviours
+        self.pop_ss_shadow = POP_SS_SHADOW in behaviours

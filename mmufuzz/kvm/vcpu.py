@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from mmufuzz.case.host_ops import interrupt_of
 from mmufuzz.case.model import ZAP_ALL_FAST
-from mmufuzz.host.sites import EMUL_LOAD, EMUL_STORE, MB, MODE_LOAD, MODE_STORE, REQUESTS_LOAD, VCPU_ENTRY, VCPU_EXIT
+from mmufuzz.host.sites import (
+    IRQ_LOAD,
+    MB,
+    MODE_LOAD,
+    MODE_STORE,
+    REQUESTS_LOAD,
+    VCPU_ENTRY,
+    VCPU_EXIT,
+)
 from mmufuzz.host.thread import Body
 from mmufuzz.kvm.counters import RETRY_ENTRY, STALL_BLOCK, stall_class
 from mmufuzz.kvm.emulator_access import set_cr
@@ -13,6 +22,8 @@ from mmufuzz.kvm.exits import (
     EXIT_DB,
     EXIT_DONE,
     EXIT_HLT,
+    EXIT_INTERRUPT_WINDOW,
+    EXIT_INVALID_STATE,
     EXIT_INVLPG,
     EXIT_INVPCID,
     EXIT_IO,
@@ -24,8 +35,14 @@ from mmufuzz.kvm.exits import (
 )
 from mmufuzz.kvm.fault import EMULATE, EMULTYPE_SKIP, RESUME, kvm_ack_ipi_if_sent, kvm_mmu_page_fault
 from mmufuzz.kvm.guest import GuestBus, run_guest
-from mmufuzz.kvm.guest_events import deliver, has_idt, next_step, settle_rip
-from mmufuzz.kvm.intercepts import answer_pio, carry_out, complete_fast_pio, kvm_fast_pio
+from mmufuzz.kvm.guest_events import deliver, has_idt, settle_rip
+from mmufuzz.kvm.intercepts import carry_out, complete_fast_pio, kvm_fast_pio
+from mmufuzz.kvm.interrupts import (
+    kvm_arch_pre_run,
+    kvm_cpu_accept_dm_intr,
+    leaves_vcpu_run,
+    raise_interrupt,
+)
 from mmufuzz.kvm.requests import (
     REQ_MMU_FREE_OBSOLETE_ROOTS,
     REQ_MMU_SYNC,
@@ -44,7 +61,8 @@ from mmufuzz.kvm.root import (
     kvm_mmu_load,
     kvm_mmu_sync_roots,
 )
-from mmufuzz.kvm.structs import IN_GUEST_MODE, INVALID_PFN, OUTSIDE_GUEST_MODE, Kvm, QueuedException, Vcpu
+from mmufuzz.kvm.structs import IN_GUEST_MODE, INVALID_PFN, OUTSIDE_GUEST_MODE, Irqchip, Kvm, QueuedException, Vcpu
+from mmufuzz.kvm.userspace import userspace
 from mmufuzz.kvm.x86 import (
     EXIT_TO_USERSPACE,
     RESUME_GUEST,
@@ -71,9 +89,14 @@ class HostBody(Body):
         thread = self.kvm.host.current
         for step in range(len(self.ops)):
             thread.step = step
+            target, vector = interrupt_of(self.ops[step])
             if self.ops[step] == ZAP_ALL_FAST:
                 self.kvm.mark("host.zap_all_fast")
                 kvm_mmu_zap_all_fast(self.kvm)
+            elif target >= 0:
+                vcpu = self.kvm.vcpus[target]
+                if vcpu.irqchip is not None:
+                    raise_interrupt(vcpu, vcpu.irqchip, vector)
 
 
 class VcpuBody(Body):
@@ -87,6 +110,8 @@ class VcpuBody(Body):
         """Until the guest's program ends."""
         vcpu = self.vcpu
         kvm_init_shadow_mmu(vcpu)
+        if vcpu.irqchip is not None:
+            kvm_arch_pre_run(vcpu, vcpu.irqchip)
         stalled = 0
         while not vcpu.finished:
             before = vcpu.progress
@@ -111,7 +136,7 @@ class VcpuBody(Body):
 
 
 def kvm_arch_vcpu_ioctl_run(vcpu: Vcpu, bus: GuestBus) -> int:
-    """x86.c:kvm_arch_vcpu_ioctl_run, vcpu_run: complete what userspace has answered, or enter the guest once."""
+    """x86.c:kvm_arch_vcpu_ioctl_run: complete what userspace has answered, or one round of ``vcpu_run``."""
     if vcpu.mmio.exit_pending:
         return finish_emulation(vcpu, complete_emulated_mmio(vcpu))
     pio = vcpu.pio
@@ -119,35 +144,15 @@ def kvm_arch_vcpu_ioctl_run(vcpu: Vcpu, bus: GuestBus) -> int:
         if not pio.fast_length:
             return finish_emulation(vcpu, complete_emulated_pio(vcpu))
         return kvm_skip_emulated_instruction(vcpu, pio.fast_length) if complete_fast_pio(vcpu) else RESUME_GUEST
-    return vcpu_enter_guest(vcpu, bus)
+    return vcpu_run(vcpu, bus)
 
 
-def userspace(vcpu: Vcpu) -> None:
-    """KVM_RUN returned: the modelled userspace handles the exit and runs the vCPU again."""
-    if vcpu.mmio.exit_pending:
-        answer_mmio(vcpu)
-    elif vcpu.pio.exit_pending:
-        answer_pio(vcpu)
-    if vcpu.skip_step:
-        vcpu.skip_step = False
-        vcpu.progress += 1
-        next_step(vcpu)
-
-
-def answer_mmio(vcpu: Vcpu) -> None:
-    """KVM_EXIT_MMIO: a register of the modelled device. Devices are shared, so this is a visible operation."""
-    mmio = vcpu.mmio
-    kvm = vcpu.kvm
-    if mmio.is_write:
-        kvm.host.point(EMUL_STORE)
-        kvm.device.write(mmio.run_gpa, mmio.run_length, mmio.run_data)
-    else:
-        kvm.host.point(EMUL_LOAD)
-        mmio.run_data = kvm.device.read(mmio.run_gpa, mmio.run_length)
-    what = "write" if mmio.is_write else "read"
-    line = f"mmio {what} {mmio.run_gpa:#x} {mmio.run_length} {mmio.run_data:#x}"
-    kvm.host.note("exit to userspace: " + line)
-    vcpu.userspace_exits.append(line)
+def vcpu_run(vcpu: Vcpu, bus: GuestBus) -> int:
+    """x86.c:vcpu_run, one round."""
+    result = vcpu_enter_guest(vcpu, bus)
+    if result == RESUME_GUEST and vcpu.irqchip is not None and leaves_vcpu_run(vcpu, vcpu.irqchip):
+        return EXIT_TO_USERSPACE
+    return result
 
 
 def vcpu_enter_guest(vcpu: Vcpu, bus: GuestBus) -> int:
@@ -167,12 +172,19 @@ def vcpu_enter_guest(vcpu: Vcpu, bus: GuestBus) -> int:
             vcpu.userspace_exits.append("enospc")
             vcpu.skip_step = True
             return EXIT_TO_USERSPACE
+    irqchip = vcpu.irqchip
+    if irqchip is not None and irqchip.request_interrupt_window and kvm_cpu_accept_dm_intr(vcpu):
+        # vmx_enable_irq_window
+        irqchip.window_exiting = True
     vcpu.irqs_disabled = True
     thread.store(MODE_STORE, vcpu.mode_address, IN_GUEST_MODE)
     # The barrier of the store-buffering pair with kvm_make_all_cpus_request.
     thread.fence(MB)
     mode = thread.load(MODE_LOAD, vcpu.mode_address)
-    if mode != IN_GUEST_MODE or thread.load(REQUESTS_LOAD, vcpu.requests_address):
+    stay = mode != IN_GUEST_MODE or thread.load(REQUESTS_LOAD, vcpu.requests_address) != 0
+    if not stay and irqchip is not None:
+        stay = thread.load(IRQ_LOAD, irqchip.signal_address) != 0
+    if stay:
         kvm.mark("entry.cancelled")
         kvm.count_retry(RETRY_ENTRY)
         leave_guest_mode(vcpu)
@@ -198,7 +210,7 @@ def vcpu_enter_guest(vcpu: Vcpu, bus: GuestBus) -> int:
 def vmx_complete_interrupts(vcpu: Vcpu, event: QueuedException) -> None:
     """vmx.c:__vmx_complete_interrupts: the event whose delivery exited is delivered again at the next entry."""
     vcpu.kvm.mark("event.delivery_exited")
-    if event.soft_length and event.vector not in (VECTOR_BP, VECTOR_OF):
+    if event.is_external or (event.soft_length and event.vector not in (VECTOR_BP, VECTOR_OF)):
         vcpu.interrupt = event
     else:
         kvm_requeue_exception(vcpu, event)
@@ -237,6 +249,7 @@ def service_requests(vcpu: Vcpu) -> bool:
 def exit_shutdown(vcpu: Vcpu) -> int:
     """KVM_EXIT_SHUTDOWN; the modelled userspace lets the guest go on at its next step, in place of a reset."""
     vcpu.kvm.mark("exit_userspace.shutdown")
+    vcpu.kvm.observer.guest_shutdown(vcpu.index)
     kvm_clear_exception_queue(vcpu)
     vcpu.interrupt = None
     vcpu.mmio.needed = False
@@ -286,6 +299,8 @@ def handle_exit(vcpu: Vcpu, vmexit: VmExit) -> int:
     elif reason == EXIT_HLT:
         vcpu.userspace_exits.append("hlt")
         kvm_skip_emulated_instruction(vcpu, vmexit.length)
+        if vcpu.irqchip is not None:
+            vcpu.irqchip.halted = True
         return EXIT_TO_USERSPACE
     elif vmexit.insn is not None:
         return handle_intercepted(vcpu, vmexit, vmexit.insn)
@@ -298,6 +313,22 @@ def handle_exit(vcpu: Vcpu, vmexit: VmExit) -> int:
         return EXIT_TO_USERSPACE
     elif reason == EXIT_DONE:
         vcpu.finished = True
+    elif vcpu.irqchip is not None:
+        return handle_interrupt_exit(vcpu, vcpu.irqchip, reason)
+    return RESUME_GUEST
+
+
+def handle_interrupt_exit(vcpu: Vcpu, irqchip: Irqchip, reason: str) -> int:
+    """vmx.c:handle_interrupt_window; a failed VM entry. Others only bring KVM back."""
+    if reason == EXIT_INTERRUPT_WINDOW:
+        irqchip.window_exiting = False
+    elif reason == EXIT_INVALID_STATE:
+        # KVM_EXIT_FAIL_ENTRY, after which a real userspace gives up.
+        vcpu.kvm.observer.vm_entry_failed(vcpu.index)
+        vcpu.interrupt = None
+        vcpu.userspace_exits.append("fail-entry")
+        vcpu.skip_step = True
+        return EXIT_TO_USERSPACE
     return RESUME_GUEST
 
 
@@ -340,6 +371,7 @@ def kvm_skip_emulated_instruction(vcpu: Vcpu, length: int) -> int:
     elif vcpu.exception is not None:
         return RESUME_GUEST
     observer.instruction_skipped(vcpu.index)
+    vcpu.regs.shadow = 0
     vcpu.retired += 1
     vcpu.progress += 1
     if vcpu.regs.rflags & FLAG_TF:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from mmufuzz.case.host_ops import interrupt_of
 from mmufuzz.case.model import CODE_SLOT, LONG4, NPT4, Case
 from mmufuzz.case.model import Vcpu as VcpuSpec
 from mmufuzz.host.memory import PAGE_SHIFT
@@ -12,7 +13,7 @@ from mmufuzz.kvm.emulate_ops import X86EmulateOps
 from mmufuzz.kvm.emulator_ops import EmulatorOps
 from mmufuzz.kvm.fixes import behaviours
 from mmufuzz.kvm.memslots import gfn_to_pfn
-from mmufuzz.kvm.structs import Kvm, MemSlot, Vcpu
+from mmufuzz.kvm.structs import IRQCHIP_OFFSET, Irqchip, Kvm, MemSlot, Vcpu, vcpu_address
 from mmufuzz.kvm.vcpu import HostBody, VcpuBody
 from mmufuzz.kvm.write_track import write_track_address
 from mmufuzz.x86.insn import CS, DS, ES, SS
@@ -62,6 +63,12 @@ def build(case: Case, host: Host) -> Kvm:
         vcpu.emulate_ctxt.ops = EmulatorOps(vcpu)
         kvm.vcpus.append(vcpu)
         vcpu.finished = not spec.program
+    kvm.vcpu_count = len(kvm.vcpus)
+    for host_thread in case.host:
+        for op in host_thread.ops:
+            target, _ = interrupt_of(op)
+            if target >= 0 and kvm.vcpus[target].irqchip is None:
+                kvm.vcpus[target].irqchip = Irqchip(vcpu_address(target) + IRQCHIP_OFFSET)
     for vcpu in kvm.vcpus:
         host.spawn(f"vcpu{vcpu.index}", VcpuBody(vcpu))
     for index, thread in enumerate(case.host):

@@ -41,7 +41,7 @@ from mmufuzz.kvm.track import kvm_mmu_unprotect_gfn_and_retry, kvm_mmu_unprotect
 from mmufuzz.kvm.walker import gva_to_gpa
 from mmufuzz.x86.breakpoints import code_breakpoint
 from mmufuzz.x86.paging import ACCESS_WRITE
-from mmufuzz.x86.state import DR6_BS, FLAG_RF, NO_ERROR_CODE, VECTOR_DB, VECTOR_PF, VECTOR_UD, Fault
+from mmufuzz.x86.state import DR6_BS, FLAG_RF, NO_ERROR_CODE, VECTOR_DB, VECTOR_PF, VECTOR_UD, Fault, Regs
 
 RESUME_GUEST: Final = 1
 EXIT_TO_USERSPACE: Final = 0
@@ -178,6 +178,7 @@ def _after_emulation(vcpu: Vcpu) -> int:
     if not ctxt.have_exception or not kvm.fixes.no_singlestep_on_fault:
         vcpu.regs.rip = ctxt.eip
         vcpu.regs.rflags = ctxt.eflags
+    toggle_interruptibility(vcpu.regs, ctxt.interruptibility)
     kvm.observer.emulation_ends(vcpu.index)
     if ctxt.completed:
         kvm.mark("emulate.done")
@@ -189,6 +190,12 @@ def _after_emulation(vcpu: Vcpu) -> int:
         if result == RESUME_GUEST and ctxt.tf:
             kvm_queue_exception(vcpu, VECTOR_DB, NO_ERROR_CODE, DR6_BS)
     return result
+
+
+def toggle_interruptibility(regs: Regs, mask: int) -> None:
+    """x86.c:toggle_interruptibility: the shadow in which the instruction stood ends; its own does not prolong it."""
+    if regs.shadow or mask:
+        regs.shadow = mask & ~regs.shadow
 
 
 def inject_emulated_exception(vcpu: Vcpu, fault: Fault) -> None:

@@ -27,6 +27,7 @@ VECTORS: Final = "vector registers"
 X87: Final = "x87"
 SEGMENTS: Final = "segments"
 SYSTEM: Final = "system registers"
+SHADOW: Final = "interrupt shadow"
 ACCESSES: Final = "accesses"
 
 _MASK32: Final = 0xFFFFFFFF
@@ -144,6 +145,9 @@ def compare_registers(made: Comparison) -> None:
         found.append(RIP)
     if (after.rflags ^ expected.rflags) & ~FLAG_RF:
         found.append(FLAGS)
+    if after.shadow != expected.shadow and made.emulated_vector < 0 and made.expected_vector < 0:
+        # The delivery of an exception ends a shadow.
+        found.append(SHADOW)
     if made.general:
         return
     if after.xmm != expected.xmm:

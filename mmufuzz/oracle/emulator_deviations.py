@@ -20,6 +20,7 @@ from mmufuzz.oracle.emulator_compare import (
     MEMORY,
     RIP,
     SEGMENTS,
+    SHADOW,
     SYSTEM,
     VECTORS,
     X87,
@@ -205,6 +206,10 @@ def _pause(made: Comparison) -> bool:
     return insn.entry.opcode == 0x90 and insn.entry.map == 1 and insn.rep == 0xF3 and insn.rex & 1 != 0
 
 
+def _sti(made: Comparison) -> bool:
+    return made.decoded.name == "sti" and made.expected.shadow == 0
+
+
 DEVIATIONS: Final[list[Deviation]] = [
     Deviation("tzcnt", "TZCNT and LZCNT are executed as BSF and BSR", "em_bsf_c, em_bsr_c", (GPR, FLAGS), _tzcnt),
     Deviation("bsf-zero", "BSF and BSR of zero leave all 64 bits alone", "em_bsf_c, em_bsr_c", (GPR,), _bsf_zero),
@@ -344,6 +349,7 @@ DEVIATIONS: Final[list[Deviation]] = [
         _OUTCOME,
         _wrap,
     ),
+    Deviation("sti-shadow", "STI with IF set casts an interrupt shadow all the same", "em_sti", (SHADOW,), _sti),
     Deviation("pause-rex", "PAUSE with REX.B exchanges R8 with rAX", "x86_emulate_insn", (GPR,), _pause),
 ]
 

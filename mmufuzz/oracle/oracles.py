@@ -7,6 +7,7 @@ from mypy_extensions import mypyc_attr
 from mmufuzz.host.lock import Lock, LockWatcher
 from mmufuzz.host.memory import MemoryWatcher
 from mmufuzz.host.sched import DEADLOCK, ENDED, BoundaryWatcher
+from mmufuzz.kvm.interrupts import Halted
 from mmufuzz.kvm.observer import Observer
 from mmufuzz.kvm.structs import Kvm
 from mmufuzz.oracle.accounting import Accounting
@@ -14,6 +15,7 @@ from mmufuzz.oracle.architecture import Architecture
 from mmufuzz.oracle.coherence import Coherence
 from mmufuzz.oracle.emulator import Emulator
 from mmufuzz.oracle.history import History
+from mmufuzz.oracle.interrupts import Interrupts
 from mmufuzz.oracle.lifetime import Lifetime
 from mmufuzz.oracle.progress import Progress
 from mmufuzz.oracle.quiescence import stale_sptes
@@ -25,12 +27,11 @@ from mmufuzz.outcome import Finding
 class GuestObserver(Observer):
     """``Kvm.observer``."""
 
-    def __init__(
-        self, coherence: Coherence, architecture: Architecture, emulator: Emulator, lifetime: Lifetime, sink: Sink
-    ) -> None:
+    def __init__(self, kvm: Kvm, coherence: Coherence, lifetime: Lifetime, sink: Sink) -> None:
         self.coherence = coherence
-        self.architecture = architecture
-        self.emulator = emulator
+        self.architecture = Architecture(kvm, sink)
+        self.interrupts = Interrupts(kvm, sink)
+        self.emulator = Emulator(kvm, sink)
         self.lifetime = lifetime
         self.sink = sink
 
@@ -43,8 +44,9 @@ class GuestObserver(Observer):
         self.coherence.guest_fault(vcpu, gva, error_code)
 
     def guest_exception(self, vcpu: int, vector: int) -> None:
-        """Architecture."""
+        """Architecture, and what becomes of an interrupt."""
         self.architecture.guest_exception(vcpu, vector)
+        self.interrupts.guest_exception(vcpu)
 
     def internal_error(self, vcpu: int) -> None:
         """Architecture."""
@@ -59,12 +61,37 @@ class GuestObserver(Observer):
         self.architecture.instruction_skipped(vcpu)
 
     def emulation_begins(self, vcpu: int) -> None:
-        """Emulator."""
+        """Emulator, and what becomes of an interrupt."""
         self.emulator.begins(vcpu)
+        self.interrupts.emulation_begins(vcpu)
 
     def emulation_ends(self, vcpu: int) -> None:
         """Emulator."""
         self.emulator.ends(vcpu)
+
+    def interrupt_queued(self, vcpu: int, vector: int) -> None:
+        """Interrupts."""
+        self.interrupts.queued(vcpu, vector)
+
+    def interrupt_begins(self, vcpu: int, vector: int) -> None:
+        """Interrupts."""
+        self.interrupts.begins(vcpu, vector)
+
+    def interrupt_delivered(self, vcpu: int, vector: int) -> None:
+        """Interrupts."""
+        self.interrupts.delivered(vcpu)
+
+    def vm_entered(self, vcpu: int) -> None:
+        """Interrupts."""
+        self.interrupts.vm_entered(vcpu)
+
+    def vm_entry_failed(self, vcpu: int) -> None:
+        """Interrupts."""
+        self.interrupts.vm_entry_failed(vcpu)
+
+    def guest_shutdown(self, vcpu: int) -> None:
+        """Interrupts."""
+        self.interrupts.guest_shutdown(vcpu)
 
     def temporary_used(self, vcpu: int, site: str) -> None:
         """Lifetime."""
@@ -139,8 +166,7 @@ class Oracles:
         self.accounting = Accounting(kvm, self.sink)
         lifetime = Lifetime(kvm, self.sink)
         coherence = Coherence(kvm, self.sink, self.history)
-        architecture = Architecture(kvm, self.sink)
-        self.observer = GuestObserver(coherence, architecture, Emulator(kvm, self.sink), lifetime, self.sink)
+        self.observer = GuestObserver(kvm, coherence, lifetime, self.sink)
         self.memory_watcher = FrameWatcher(self.history, lifetime)
         self.lock_watcher = UnlockWatcher(self.accounting, self.sink)
         self.boundary_watcher = YieldWatcher(Progress(kvm, self.sink, self.history), self.history)
@@ -185,6 +211,7 @@ class Oracles:
                 if lock.owner >= 0:
                     self.sink.record("lock", f"{lock.name} held at the end", f"by thread {lock.owner}")
                     return
+            self.observer.interrupts.at_end()
             stale_sptes(self.kvm, self.sink)
 
     def _deadlock(self) -> None:
@@ -194,6 +221,8 @@ class Oracles:
             if thread.waiting is None:
                 continue
             cause = thread.waiting.name if isinstance(thread.waiting, Lock) else "acknowledgement of an interrupt"
+            if isinstance(thread.waiting, Halted):
+                cause = "an interrupt"
             causes[cause] = True
             waiting.append(f"{thread.name} waits for {cause}")
         self.sink.record("deadlock", "waiting for " + ", ".join(sorted(causes)), "; ".join(waiting))

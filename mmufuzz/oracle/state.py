@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmufuzz.host.lock import Lock
 from mmufuzz.host.memory import PAGE_SHIFT
 from mmufuzz.host.thread import Thread
+from mmufuzz.kvm.interrupts import Halted
 from mmufuzz.kvm.spte import is_last_spte, is_shadow_present, spte_pfn
 from mmufuzz.kvm.structs import FIRST_SHADOW_PFN, INVALID_PFN, Kvm, ShadowPage, Vcpu
 
@@ -94,6 +95,7 @@ class MachineState:
         state.extend(vcpu.regs.gpr)
         state.append(vcpu.regs.rip)
         state.append(vcpu.regs.rflags)
+        state.append(vcpu.regs.shadow)
         state.append(self._rest[vcpu.index])
 
 
@@ -134,7 +136,12 @@ def _add_vcpu(state: list[object], vcpu: Vcpu, names: Names) -> None:
         state.append(-1)
     else:
         state += [exception.vector, exception.error_code, exception.payload, vcpu.exception_injected]
-    state.append(-1 if vcpu.interrupt is None else vcpu.interrupt.vector)
+    if vcpu.interrupt is None:
+        state.append(-1)
+    else:
+        state += [vcpu.interrupt.vector, vcpu.interrupt.soft_length]
+    if vcpu.irqchip is not None:
+        state += vcpu.irqchip.state(vcpu.kvm.memory)
     state += vcpu.mmio.state()
     state += vcpu.pio.state()
     mmu = vcpu.mmu
@@ -169,8 +176,8 @@ def _add_thread(state: list[object], kvm: Kvm, thread: Thread, names: Names) -> 
     if waiting is None:
         state.append(0)
     else:
-        # A lock by its address, any other condition (an acknowledgement) as one kind.
-        state.append(waiting.address if isinstance(waiting, Lock) else 1)
+        # A lock by its address, any other condition (HLT, or an acknowledgement) as one kind.
+        state.append(waiting.address if isinstance(waiting, Lock) else 2 if isinstance(waiting, Halted) else 1)
     for entry in thread.buffer.pending:
         state.append(names.kernel_or_shadow(entry.address, kvm.indirect_shadow_pages >> PAGE_SHIFT))
         state.append(entry.size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from mmufuzz.case.host_ops import interrupt_of, interrupt_op
 from mmufuzz.case.model import FLAT32, Case, HostThread, Options, Vcpu, Word
 from mmufuzz.case.tables import PS, P, frame
 from mmufuzz.host.deviation import HOLD, RUN, Deviation
@@ -137,12 +138,37 @@ def _move(packed: int, thread: int, first: int, last: int) -> int:
 
 
 def drop_thread(case: Case, thread: int) -> Case:
-    """Without a vCPU or host thread; the schedule's actors and labels are renumbered."""
-    schedule = _relabel(case.schedule, thread, GONE, GONE)
+    """Without a vCPU and its interrupts, or a host thread; the schedule's actors and labels are renumbered."""
     if thread < len(case.vcpus):
-        return replace(case, vcpus=case.vcpus[:thread] + case.vcpus[thread + 1 :], schedule=schedule)
+        case = _without_interrupts(case, thread)
+        vcpus = case.vcpus[:thread] + case.vcpus[thread + 1 :]
+        numbers = [index - (index > thread) for index in range(len(case.vcpus))]
+        schedule = _relabel(case.schedule, thread, GONE, GONE)
+        return replace(case, vcpus=vcpus, host=_redirected(case.host, numbers), schedule=schedule)
+    schedule = _relabel(case.schedule, thread, GONE, GONE)
     index = thread - len(case.vcpus)
     return replace(case, host=case.host[:index] + case.host[index + 1 :], schedule=schedule)
+
+
+def _without_interrupts(case: Case, vcpu: int) -> Case:
+    """Without the host operations that interrupt this vCPU."""
+    for index in range(len(case.host)):
+        for step in range(len(case.host[index].ops) - 1, -1, -1):
+            if interrupt_of(case.host[index].ops[step])[0] == vcpu:
+                case = drop_steps(case, len(case.vcpus) + index, step, step + 1)
+    return case
+
+
+def _redirected(host: tuple[HostThread, ...], numbers: list[int]) -> tuple[HostThread, ...]:
+    """With interrupts for vCPU ``numbers[i]`` where they were for vCPU i."""
+    threads: list[HostThread] = []
+    for thread in host:
+        ops: list[str] = []
+        for op in thread.ops:
+            vcpu, vector = interrupt_of(op)
+            ops.append(op if vcpu < 0 else interrupt_op(numbers[vcpu], vector))
+        threads.append(HostThread(tuple(ops)))
+    return tuple(threads)
 
 
 def drop_steps(case: Case, thread: int, first: int, last: int) -> Case:
@@ -169,7 +195,8 @@ def vcpu_first(case: Case, first: int) -> Case:
         until = _to_front(deviation.until, first)
         actor = _front_index(deviation.actor, first)
         schedule.append(Deviation(deviation.kind, at, actor, until, deviation.address))
-    return replace(case, vcpus=vcpus, schedule=tuple(schedule))
+    numbers = [_front_index(index, first) for index in range(len(case.vcpus))]
+    return replace(case, vcpus=vcpus, host=_redirected(case.host, numbers), schedule=tuple(schedule))
 
 
 def _front_index(thread: int, first: int) -> int:

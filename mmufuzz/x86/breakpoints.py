@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.x86.state import FLAG_RF, Regs
+from mmufuzz.x86.state import FLAG_RF, SHADOW_MOV_SS, Regs
 
 _DR6_RESERVED_ONE: Final = 0xFFFE0FF0
 _DR6_RTM: Final = 1 << 16
@@ -15,9 +15,12 @@ DR7_GD: Final = 1 << 13
 
 
 def code_breakpoint(regs: Regs) -> int:
-    """Bits B0 to B3 of DR6 for the breakpoints on the instruction at RIP; 0 for none, and while RFLAGS.RF is set."""
+    """Bits B0 to B3 of DR6 for the breakpoints on the instruction at RIP; 0 for none.
+
+    RFLAGS.RF inhibits them, and so does a load of SS right before (SDM vol. 3, 6.8.3).
+    """
     dr7 = regs.dr[7]
-    if not dr7 & DR7_ENABLED or regs.rflags & FLAG_RF:
+    if not dr7 & DR7_ENABLED or regs.rflags & FLAG_RF or regs.shadow & SHADOW_MOV_SS:
         return 0
     hit = 0
     for number in range(4):

@@ -43,6 +43,9 @@ from mmufuzz.x86.state import (
     Regs,
 )
 
+FIRST_INTERRUPT: Final = 32
+"""Vectors from here on are no exceptions."""
+
 _CONTRIBUTORY: Final = (VECTOR_DE, VECTOR_TS, VECTOR_NP, VECTOR_SS, VECTOR_GP)
 
 
@@ -146,7 +149,7 @@ def deliver(regs: Regs, bus: Bus, vector: int, error_code: int, following: int, 
     selector = gate.word >> 16 & 0xFFFF
     code = _handler_code(regs, bus, selector, external)
     flags = regs.rflags
-    if not software and vector != VECTOR_DF:
+    if not software and vector < FIRST_INTERRUPT and vector != VECTOR_DF:
         # A fault's handler returns to the instruction, which must not meet its breakpoint again (SDM vol. 3, 18.3.1.1).
         flags |= FLAG_RF
     frame = [regs.segments[SS].selector, regs.gpr[RSP], flags, regs.segments[CS].selector, following]
@@ -162,6 +165,7 @@ def deliver(regs: Regs, bus: Bus, vector: int, error_code: int, following: int, 
     regs.cpl = level
     install(regs, CS, selector & 0xFFFC | level, code.base, code.limit, code.rights)
     regs.rip = offset
+    regs.shadow = 0
     regs.rflags &= ~(FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM)
     if gate.type & 1 == 0:
         regs.rflags &= ~FLAG_IF
@@ -230,6 +234,7 @@ def _deliver_real(regs: Regs, bus: Bus, vector: int, following: int) -> None:
     code = regs.segments[CS]
     install(regs, CS, pointer >> 16, pointer >> 16 << 4, code.limit, code.rights)
     regs.rip = pointer & 0xFFFF
+    regs.shadow = 0
     regs.rflags &= ~(FLAG_TF | FLAG_IF | FLAG_AC)
 
 

@@ -36,6 +36,7 @@ from mmufuzz.x86.state import (
     FLAG_IF,
     FLAG_OF,
     NO_ERROR_CODE,
+    SHADOW_STI,
     VECTOR_BP,
     VECTOR_DB,
     VECTOR_GP,
@@ -73,10 +74,12 @@ def direction(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 
 def interrupts(regs: Regs, insn: Insn, bus: Bus) -> None:
-    """CLI and STI: #GP(0) if CPL > IOPL; virtual interrupts are not modelled."""
+    """CLI and STI: #GP(0) if CPL > IOPL; virtual interrupts are not modelled. STI that sets IF casts a shadow."""
     if not regs.real_mode and regs.cpl > regs.rflags >> 12 & 3:
         raise Fault(VECTOR_GP, 0)
     if insn.opcode & 1:
+        if not regs.rflags & FLAG_IF:
+            regs.shadow |= SHADOW_STI
         regs.rflags |= FLAG_IF
     else:
         regs.rflags &= ~FLAG_IF

@@ -21,7 +21,7 @@ from mmufuzz.x86.execute_operands import (
     store_operand,
     write_reg,
 )
-from mmufuzz.x86.insn import FS, GS, LDTR, MEM, SREG, TR, Insn
+from mmufuzz.x86.insn import FS, GS, LDTR, MEM, SREG, SS, TR, Insn
 from mmufuzz.x86.segments import (
     TYPE_CODE,
     TYPE_RW,
@@ -36,6 +36,7 @@ from mmufuzz.x86.state import (
     FLAG_ZF,
     MSR_KERNEL_GS_BASE,
     RIGHTS_UNUSABLE,
+    SHADOW_MOV_SS,
     VECTOR_GP,
     VECTOR_NP,
     VECTOR_UD,
@@ -52,6 +53,8 @@ def mov_sreg(regs: Regs, insn: Insn, bus: Bus) -> None:
     src = insn.operands[1]
     if dst.kind == SREG:
         load_segment(regs, bus, dst.index, load_operand(regs, insn, bus, src) & 0xFFFF)
+        if dst.index == SS:
+            regs.shadow |= SHADOW_MOV_SS
     else:
         store_operand(regs, insn, bus, dst, regs.segments[src.index].selector)
     advance(regs, insn)
@@ -66,6 +69,8 @@ def pop_sreg(regs: Regs, insn: Insn, bus: Bus) -> None:
         # Of POP SS, too, the stack that it pops from says how much of ESP moves.
         top |= regs.gpr[RSP] & ~0xFFFF
     load_segment(regs, bus, insn.operands[0].index, selector)
+    if insn.operands[0].index == SS:
+        regs.shadow |= SHADOW_MOV_SS
     regs.gpr[RSP] = top
     advance(regs, insn)
 

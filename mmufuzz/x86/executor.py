@@ -36,11 +36,14 @@ def execute(regs: Regs, insn: Insn, bus: Bus) -> None:
     """Execute ``insn``, which lies at ``regs.rip``, and advance RIP.
 
     Raises ``Fault`` for architectural exceptions; whatever ``bus`` raises passes through. Behind the
-    forced-emulation prefix hardware sees only its UD2.
+    forced-emulation prefix hardware sees only its UD2. The interrupt shadow in which it stands ends with it.
     """
     if insn.fep:
         raise Fault(VECTOR_UD)
+    shadow = regs.shadow
     _TABLE[insn.operation](regs, insn, bus)
+    if shadow:
+        regs.shadow &= ~shadow
 
 
 def supported(mnemonic: str) -> bool:

@@ -283,7 +283,7 @@ class Machine:
                 if regs.rip == end:
                     made.stop = STOP_END
                     break
-                if self.interrupts and self.interrupts[0][0] <= count and regs.rflags & FLAG_IF:
+                if self.interrupts and self.interrupts[0][0] <= count and regs.rflags & FLAG_IF and not regs.shadow:
                     deliver(regs, bus, self.interrupts.pop(0)[1], NO_ERROR_CODE, regs.rip, False)
                 try:
                     insn = self.fetch()
@@ -357,7 +357,7 @@ def execute(
     "idt_base", …: docs/reference/execute.md), the rest start at zero; or a ``Regs``, which is copied and whose RIP is
     set to ``origin``. ``memory`` maps addresses to contents; the code is memory too, and may change itself.
     ``interrupts`` maps numbers of retired instructions to the vectors of external interrupts, taken when RFLAGS.IF
-    allows. ``tsc`` is what RDTSC reads.
+    and the interrupt shadow allow. ``tsc`` is what RDTSC reads.
 
     Exceptions go through the IDT if its limit is not 0 and end the run otherwise. Raises ``ValueError`` for a
     register that the mode lacks, a value that does not fit, or memory that overlaps.

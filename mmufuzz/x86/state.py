@@ -72,6 +72,10 @@ NO_ERROR_CODE: Final = -1
 
 DR6_BS: Final = 1 << 14
 
+SHADOW_MOV_SS: Final = 1
+SHADOW_STI: Final = 2
+"""What keeps interrupts off for one instruction, numbered as KVM does (KVM_X86_SHADOW_INT_*)."""
+
 
 @mypyc_attr(native_class=False)
 class Fault(Exception):
@@ -133,6 +137,8 @@ class Regs:
         self.gpr: list[int] = [0] * 16
         self.rip = 0
         self.rflags = FLAG_FIXED
+        self.shadow = 0
+        """SHADOW_* bits: interrupts stay off before the instruction at RIP (SDM vol. 3, 6.8.1 and 6.8.3)."""
         self.cr0 = CR0_PE
         self.cr2 = 0
         self.cr3 = 0
@@ -189,6 +195,7 @@ class Regs:
         other.gpr = self.gpr[:]
         other.rip = self.rip
         other.rflags = self.rflags
+        other.shadow = self.shadow
         other.cr0 = self.cr0
         other.cr2 = self.cr2
         other.cr3 = self.cr3
@@ -219,10 +226,10 @@ class Regs:
 
     def words(self) -> list[int]:
         """Everything as numbers: equal lists mean equal registers."""
-        return [*self.gpr, self.rip, self.rflags, *self.rest()]
+        return [*self.gpr, self.rip, self.rflags, self.shadow, *self.rest()]
 
     def rest(self) -> list[int]:
-        """All but the general registers, RIP and RFLAGS."""
+        """All but the general registers, RIP, RFLAGS and the interrupt shadow."""
         words = self.xmm + self.fpr + self.dr
         words += [self.cr0, self.cr2, self.cr3, self.cr4, self.cr8, self.efer, self.cpl]
         words += [self.fcw, self.fsw, self.ftw, self.mxcsr, self.xcr0, self.pkru]

@@ -29,7 +29,7 @@ from mmufuzz.campaign.tally import Tally
 from mmufuzz.case import bytes as case_bytes
 from mmufuzz.case import toml
 from mmufuzz.case.error import CaseError
-from mmufuzz.case.generate import generate
+from mmufuzz.case.generate import GenerateOptions, generate
 from mmufuzz.case.model import FINDING, Case, Expect, Options, Slot, Vcpu, Word
 from mmufuzz.case.rng import Rng
 from mmufuzz.host.deviation import HOLD, RUN, Deviation
@@ -353,8 +353,8 @@ def fresh_cases(
     """What the generator answers to ``engine`` in its first Cases."""
     made: list[Case] = []
 
-    def generated(rng: Rng) -> Case:
-        made.append(generate(rng))
+    def generated(rng: Rng, options: GenerateOptions) -> Case:
+        made.append(generate(rng, options))
         return made[-1]
 
     monkeypatch.setattr(f"{engine.__module__}.generate", generated)
@@ -389,7 +389,7 @@ def test_the_blind_engine_does_not_look_at_the_corpus(tmp_path: Path) -> None:
 def test_a_case_gets_more_schedules_while_its_kinds_of_races_are_rare(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmufuzz.campaign.engine_guided.generate", lambda rng: barrier(()))
+    monkeypatch.setattr("mmufuzz.campaign.engine_guided.generate", lambda rng, options: barrier(()))
     monkeypatch.setattr("mmufuzz.campaign.engine_guided.FRESH", 100)
     recorder = Recorder(Kernel(), FindingStore(tmp_path, None), Corpus(None), Tally(), Stop(), Budget())
     recorder.begin("guided", 1)

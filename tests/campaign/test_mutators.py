@@ -15,7 +15,7 @@ from mmufuzz.campaign.budget import PARENT, Stop
 from mmufuzz.campaign.findings import ERRORS, FindingStore
 from mmufuzz.campaign.mutators import MOST_PARENTS, SHORT, Mutator, dictionary, dictionary_text
 from mmufuzz.case import bytes as case_bytes
-from mmufuzz.case.generate import generate, generate_shape
+from mmufuzz.case.generate import CAMPAIGN, generate, generate_shape
 from mmufuzz.case.model import Case
 from mmufuzz.case.rng import Rng
 from mmufuzz.case.validate import validate
@@ -54,7 +54,7 @@ def test_a_crossover_is_a_valid_case(one: int, other: int, seed: int) -> None:
 
 def test_what_is_too_short_for_a_case_becomes_a_fresh_one() -> None:
     made = Mutator(run).mutated(b"x" * (SHORT - 1), 4096, Rng(3), unchanged)
-    assert case_bytes.decode(made) == generate(Rng(3))
+    assert case_bytes.decode(made) == generate(Rng(3), CAMPAIGN)
 
 
 def test_mutations_of_all_three_kinds_come_up_and_one_aims_at_a_race_that_the_parent_shows() -> None:

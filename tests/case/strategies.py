@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from mmufuzz.case.host_ops import interrupt_op
 from mmufuzz.case.model import Case, Expect, HostThread, Options, Slot, Vcpu, Word
 from mmufuzz.case.validate import FLAGS, canonical, least_mmu_pages
 from mmufuzz.host.deviation import EVICT, FILL, HOLD, RUN, Deviation
@@ -83,7 +84,11 @@ def cases(draw: st.DrawFn) -> Case:
     words = draw(st.lists(st.builds(Word, gfns, st.integers(0, 511), U64), max_size=6))
     paging = draw(st.sampled_from(["long4", "npt4"]))
     machines = draw(st.lists(vcpus(gfns, paging), min_size=1, max_size=3))
-    host = draw(st.lists(st.builds(HostThread, st.lists(st.just("zap_all_fast"), max_size=2).map(tuple)), max_size=2))
+    targets = [index for index, one in enumerate(machines) if one.mode != "npt4"]
+    ops = st.just("zap_all_fast")
+    if targets:
+        ops |= st.builds(interrupt_op, st.sampled_from(targets), st.integers(32, 255))
+    host = draw(st.lists(st.builds(HostThread, st.lists(ops, max_size=2).map(tuple)), max_size=2))
     return Case(
         kernel=draw(KERNELS),
         revert=tuple(draw(st.lists(IDS, max_size=2))),

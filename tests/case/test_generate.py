@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import cases
 
-from mmufuzz.case.generate import SHAPES, GenerateOptions, generate, generate_shape
+from mmufuzz.case.generate import CAMPAIGN, INTERRUPT, SHAPES, GenerateOptions, generate, generate_shape
 from mmufuzz.case.generate_insn import FEP, PLAIN, RMW, UNEMULATED, Program
 from mmufuzz.case.model import Case, Vcpu
 from mmufuzz.case.mutate import mutate, splice, tables_of
@@ -81,11 +81,18 @@ def test_cases_are_small() -> None:
         assert len(case.memory) <= 60
 
 
-@pytest.mark.parametrize("shape", [shape for shape, _ in SHAPES])
+@pytest.mark.parametrize("shape", [INTERRUPT, *[shape for shape, _ in SHAPES]])
 def test_every_shape_is_valid_with_every_option(shape: str) -> None:
     for seed in range(60):
         validate(generate_shape(Rng(seed), shape))
         validate(generate_shape(Rng(seed), shape, GenerateOptions(max_vcpus=1, fep=False)))
+
+
+def test_cases_have_interrupts_only_if_asked_for() -> None:
+    plain = [op for seed in range(200) for thread in generate(Rng(seed)).host for op in thread.ops]
+    asked = [op for seed in range(200) for thread in generate(Rng(seed), CAMPAIGN).host for op in thread.ops]
+    assert not any(op.startswith("interrupt") for op in plain)
+    assert any(op.startswith("interrupt") for op in asked)
 
 
 def test_weights_are_parts_of_a_hundred() -> None:

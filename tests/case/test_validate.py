@@ -22,6 +22,10 @@ def vcpu(**changes: object) -> Case:
     return replace(CASE, vcpus=(replace(VCPU, **changes),))  # type: ignore[arg-type]
 
 
+def interrupts(op: str) -> Case:
+    return replace(CASE, vcpus=(VCPU,), host=(HostThread((op,)),))
+
+
 def schedule(deviation: Deviation) -> Case:
     return replace(CASE, schedule=(deviation,))
 
@@ -56,6 +60,14 @@ BAD = [
     (vcpu(code_gva=(1 << 47) - 4096, program=(b"\x90",) * 257), "vcpu[0].code_gva", "expected canonical addresses"),
     (vcpu(mode="flat32", code_gva=0), "vcpu[0].code_gva", "expected code_gfn * 4096 = 0x1000, got 0x0"),
     (replace(CASE, host=(HostThread(),) * 5), "host", "expected 0..4 host threads, got 5"),
+    (interrupts("interrupt vcpu0 0x1f"), "host[0].ops[0]", "expected zap_all_fast or 'interrupt vcpuN 0x20..0xff'"),
+    (interrupts("interrupt vcpu0 32"), "host[0].ops[0]", "expected zap_all_fast or 'interrupt vcpuN 0x20..0xff'"),
+    (interrupts("interrupt vcpu2 0x20"), "host[0].ops[0]", "expected one of 1 vCPUs, got vcpu2"),
+    (
+        replace(interrupts("interrupt vcpu0 0x20"), vcpus=(replace(VCPU, mode="npt4"),)),
+        "host[0].ops[0]",
+        "expected no interrupt for an L2 guest",
+    ),
     (schedule(Deviation(7, BOOT)), "schedule[0]", "expected a kind of deviation"),
     (schedule(Deviation(RUN, BOOT, 2)), "schedule[0]", "expected an actor in 0..1, got 2"),
     (schedule(Deviation(RUN, label(2, 0, 0, 1), 0)), "schedule[0]", "one of 2 threads, got thread 2"),

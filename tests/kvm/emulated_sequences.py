@@ -19,6 +19,7 @@ from mmufuzz.kvm.emulate_ops import BusOps, EmulationFailed
 from mmufuzz.kvm.fixes import behaviours
 from mmufuzz.kvm.opcode_table import STRING
 from mmufuzz.kvm.switches import Fixes
+from mmufuzz.kvm.x86 import toggle_interruptibility
 from mmufuzz.oracle.emulator_compare import (
     ERROR_CODE,
     EXCEPTION,
@@ -93,7 +94,7 @@ class Memory(FlatBus):
 
 
 def emulate(ctxt: X86EmulateCtxt) -> int:
-    """One trip through the emulator, as x86_emulate_instruction makes it; RIP and RFLAGS are committed."""
+    """One trip through the emulator, as x86_emulate_instruction makes it; RIP, RFLAGS and the shadow are committed."""
     try:
         x86_decode_insn(ctxt, False)
     except (EmulationFailed, Fault):
@@ -104,6 +105,7 @@ def emulate(ctxt: X86EmulateCtxt) -> int:
     if result == EMULATION_OK and not ctxt.have_exception:
         ctxt.regs.rip = ctxt.eip
         ctxt.regs.rflags = ctxt.eflags
+        toggle_interruptibility(ctxt.regs, ctxt.interruptibility)
     return result
 
 

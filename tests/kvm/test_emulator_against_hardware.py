@@ -132,6 +132,10 @@ def _four_trailing_zeros(regs: Regs, bus: Memory) -> None:
     regs.rflags |= 1
 
 
+def _interruptible(regs: Regs, bus: Memory) -> None:
+    regs.rflags |= 1 << 9
+
+
 def _old_value(regs: Regs, bus: Memory) -> None:
     regs.gpr[RAX] = 5 << 32
 
@@ -250,6 +254,7 @@ SHOWN: dict[str, Shown] = {
     # The segment ends 320 bytes behind the operand.
     "fxsave-size": Shown(16, "0fae06c0fe", _nothing),
     "wrap-4g": Shown(32, "0f0110", _last_byte_below_4_gib),
+    "sti-shadow": Shown(64, "fb", _interruptible),
     "pause-rex": Shown(64, "f34190", _old_value),
 }
 

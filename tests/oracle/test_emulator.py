@@ -12,6 +12,7 @@ from mmufuzz.kvm.emulate_ctxt import CMPXCHG, READ, SYSTEM, WRITE, Access, X86Em
 from mmufuzz.kvm.emulate_ops import BusOps
 from mmufuzz.kvm.fixes import FIXES, behaviours
 from mmufuzz.kvm.switches import Fixes
+from mmufuzz.kvm.x86 import toggle_interruptibility
 from mmufuzz.oracle.emulator import changes_general_registers_only
 from mmufuzz.oracle.emulator_compare import Comparison, replay
 from mmufuzz.oracle.emulator_replay import Replay
@@ -44,6 +45,7 @@ class Emulated:
         assert x86_emulate_insn(self.ctxt) == EMULATION_OK
         self.regs.rip = self.ctxt.eip
         self.regs.rflags = self.ctxt.eflags
+        toggle_interruptibility(self.regs, self.ctxt.interruptibility)
         self.fault: Fault | None = None
 
     @property

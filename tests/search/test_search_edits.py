@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from mmufuzz.case.model import Case, Slot, Vcpu, Word
+from dataclasses import replace
+
+from mmufuzz.case.model import Case, HostThread, Slot, Vcpu, Word
 from mmufuzz.case.tables import A, P, U, W, entry
+from mmufuzz.host.deviation import RUN, Deviation
 from mmufuzz.host.sites import EMUL_ATOMIC, EMUL_STORE, GPTE_LOAD, label
 from mmufuzz.kvm.memslots import gpa_to_hpa
-from mmufuzz.search.edits import merge_frames, table_levels
+from mmufuzz.search.edits import drop_thread, merge_frames, table_levels, vcpu_first
 from mmufuzz.search.trace_edits import stored
 
+INTERRUPTED = Case(
+    vcpus=(Vcpu("long4"), Vcpu("flat32"), Vcpu("flat32", cpl=3)),
+    host=(HostThread(("interrupt vcpu1 0x20", "zap_all_fast", "interrupt vcpu2 0x21")),),
+)
 TABLE = P | W | U | A
 ROOT = 4
 CASE = Case(
@@ -42,6 +49,22 @@ def test_merging_two_tables_merges_what_the_same_entries_of_both_lead_to() -> No
 
 def test_a_root_moves_with_its_table() -> None:
     assert merge_frames(CASE, ROOT, 20).vcpus[0].cr3 == 20
+
+
+def test_the_interrupts_of_a_deleted_vcpu_go_and_the_others_follow_theirs() -> None:
+    after = drop_thread(INTERRUPTED, 1)
+    assert after.host == (HostThread(("zap_all_fast", "interrupt vcpu1 0x21")),)
+
+
+def test_the_labels_of_a_host_thread_follow_when_interrupts_go() -> None:
+    run_at = Deviation(RUN, label(3, 1, GPTE_LOAD, 1), 0)
+    after = drop_thread(replace(INTERRUPTED, schedule=(run_at,)), 1)
+    assert after.schedule == (Deviation(RUN, label(2, 0, GPTE_LOAD, 1), 0),)
+
+
+def test_interrupts_follow_a_vcpu_that_moves_to_the_front() -> None:
+    after = vcpu_first(INTERRUPTED, 2)
+    assert after.host == (HostThread(("interrupt vcpu2 0x20", "zap_all_fast", "interrupt vcpu0 0x21")),)
 
 
 def test_what_a_deleted_step_stored_is_there_from_the_start() -> None:

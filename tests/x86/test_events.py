@@ -25,6 +25,9 @@ from descriptor_tables import (
 )
 
 from mmufuzz.x86 import execute
+from mmufuzz.x86.breakpoints import code_breakpoint
+from mmufuzz.x86.flat_registers import initial_registers
+from mmufuzz.x86.state import SHADOW_MOV_SS, SHADOW_STI
 
 MODES = pytest.mark.parametrize("mode", [64, 32])
 
@@ -246,10 +249,66 @@ def test_a_fault_during_a_double_fault_shuts_down(mode: int) -> None:
 
 
 @MODES
-def test_an_external_interrupt_waits_for_if(mode: int) -> None:
+def test_an_external_interrupt_waits_for_if_and_the_instruction_behind_sti(mode: int) -> None:
     code = in_code0(mode, asm("nop", "sti", "nop", "nop", mode=mode))
     made = run(mode, code, {0x40: gate(HANDLER, CODE0)}, interrupts={3: 0x40})
-    assert (made.stop, stack_words(made, mode // 8, 1)) == ("halt", [0x1022])
+    assert (made.stop, stack_words(made, mode // 8, 1)) == ("halt", [0x1023])
+
+
+def shadow(*lines: str, **changes: int) -> int:
+    """The interrupt shadow that the last of these instructions leaves."""
+    regs = initial_registers(64)
+    for name, value in changes.items():
+        setattr(regs, name, value)
+    return execute(asm(*lines), registers=regs, memory={0x4000: bytes(16)}).regs.shadow
+
+
+def test_sti_casts_a_shadow_over_the_next_instruction_only_if_it_sets_if() -> None:
+    assert shadow("sti") == SHADOW_STI
+    assert shadow("sti", "nop") == 0
+    assert shadow("sti", "sti") == 0
+    assert shadow("sti", rflags=1 << 9 | 2) == 0
+
+
+def test_a_load_of_ss_casts_a_shadow_and_the_second_in_a_row_does_not() -> None:
+    assert shadow("mov ss, eax") == SHADOW_MOV_SS
+    assert shadow("mov ss, eax", "mov ss, eax") == 0
+    assert shadow("mov ds, eax") == 0
+
+
+def test_a_load_of_ss_in_the_shadow_of_sti_casts_its_own() -> None:
+    assert shadow("sti", "mov ss, eax") == SHADOW_MOV_SS
+
+
+def test_pop_ss_casts_a_shadow_and_pop_ds_does_not() -> None:
+    for code, expected in ((b"\x17", SHADOW_MOV_SS), (b"\x1f", 0)):
+        made = execute(code, mode=16, registers={"esp": 0x4000}, memory={0x4000: bytes(16)})
+        assert made.regs.shadow == expected
+
+
+def test_an_instruction_that_faults_stays_in_its_shadow() -> None:
+    assert shadow("sti", "ud2") == SHADOW_STI
+
+
+def test_delivery_ends_a_shadow() -> None:
+    code = in_code0(64, asm("sti", "ud2"))
+    assert run(64, code, {6: gate(HANDLER, CODE0)}).regs.shadow == 0
+
+
+def test_the_frame_of_an_external_interrupt_has_rf_clear() -> None:
+    code = in_code0(64, asm("sti", "nop", "nop"))
+    made = run(64, code, {0x40: gate(HANDLER, CODE0), 6: gate(HANDLER, CODE0)}, interrupts={0: 0x40})
+    assert stack_words(made, 8, 3)[2] & 1 << 16 == 0
+
+
+def test_a_code_breakpoint_right_behind_a_load_of_ss_is_inhibited() -> None:
+    regs = initial_registers(64)
+    regs.dr[0], regs.dr[7], regs.rip = 0x1000, 1, 0x1000
+    assert code_breakpoint(regs) == 1
+    regs.shadow = SHADOW_STI
+    assert code_breakpoint(regs) == 1
+    regs.shadow = SHADOW_MOV_SS
+    assert code_breakpoint(regs) == 0
 
 
 def test_a_divide_error_in_real_address_mode_goes_through_the_vector_table() -> None:
