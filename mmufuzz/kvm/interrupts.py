@@ -28,7 +28,7 @@ class Halted(Waitable):
 
     def ready(self) -> bool:
         """True as soon as the vCPU may go on."""
-        if _highest(self.vcpu, self.irqchip) >= 0:
+        if _highest(self.vcpu, self.irqchip):
             return True
         threads = self.vcpu.kvm.host.threads
         for index in range(self.vcpu.kvm.vcpu_count, len(threads)):
@@ -52,12 +52,12 @@ def raise_interrupt(vcpu: Vcpu, irqchip: Irqchip, vector: int) -> None:
 
 
 def _highest(vcpu: Vcpu, irqchip: Irqchip) -> int:
-    """The highest vector that is pending; -1 for none. Not a visible operation."""
+    """The highest vector that is pending; 0 for none. Not a visible operation."""
     for place in range(3, -1, -1):
-        bits = vcpu.thread.peek(irqchip.irr_address + 8 * place)
+        bits = vcpu.kvm.memory.read(irqchip.irr_address + 8 * place, 8)
         if bits:
             return place << 6 | bits.bit_length() - 1
-    return -1
+    return 0
 
 
 def _pending(vcpu: Vcpu, irqchip: Irqchip) -> int:
@@ -65,7 +65,8 @@ def _pending(vcpu: Vcpu, irqchip: Irqchip) -> int:
     host = vcpu.kvm.host
     host.point(IRQ_LOAD)
     vector = _highest(vcpu, irqchip)
-    host.detail(vcpu.thread.last, irqchip.irr_address + (8 * (vector >> 6) if vector >= 0 else 0), vector & _ALL)
+    vcpu.thread.observed(vector)
+    host.detail(vcpu.thread.last, irqchip.irr_address + 8 * (vector >> 6), vector)
     return vector
 
 
@@ -76,18 +77,18 @@ def kvm_arch_pre_run(vcpu: Vcpu, irqchip: Irqchip) -> None:
         # kvm_eat_signals, before it looks at what is pending.
         thread.fetch_and(IRQ_ATOMIC, irqchip.signal_address, 0)
     vector = _pending(vcpu, irqchip)
-    if vector >= 0 and irqchip.ready_for_interrupt_injection:
+    if vector and irqchip.ready_for_interrupt_injection:
         thread.fetch_and(IRQ_ATOMIC, irqchip.irr_address + 8 * (vector >> 6), _ALL ^ 1 << (vector & 63))
         kvm_vcpu_ioctl_interrupt(vcpu, vector)
         vector = _pending(vcpu, irqchip)
-    irqchip.request_interrupt_window = vector >= 0
+    irqchip.request_interrupt_window = vector != 0
 
 
 def wait_halted(vcpu: Vcpu, irqchip: Irqchip) -> None:
     """QEMU target/i386/kvm/kvm.c:kvm_handle_halt. A guest that no interrupt can wake goes on all the same."""
     if irqchip.halted and irqchip.ready_for_interrupt_injection:
         vcpu.kvm.host.block(Halted(vcpu, irqchip))
-        if _highest(vcpu, irqchip) >= 0:
+        if _highest(vcpu, irqchip):
             vcpu.kvm.mark("interrupt.woke")
     irqchip.halted = False
 
