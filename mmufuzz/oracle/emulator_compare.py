@@ -11,7 +11,6 @@ from mmufuzz.oracle.emulator_replay import BeyondTheRecord, Replay
 from mmufuzz.x86.decode import Truncated, Unsupported, decode, decode16
 from mmufuzz.x86.executor import execute
 from mmufuzz.x86.insn import Insn
-from mmufuzz.x86.paging import CR4_LA57
 from mmufuzz.x86.state import FLAG_RF, VECTOR_PF, Fault, Regs
 
 # What may differ.
@@ -30,15 +29,23 @@ SYSTEM: Final = "system registers"
 SHADOW: Final = "interrupt shadow"
 ACCESSES: Final = "accesses"
 
+FAULT: Final = (EXCEPTION, ERROR_CODE, ADDRESS, ACCESSES)
+"""What may differ if only one of them faults, or both for another reason."""
+_OUTSIDE: Final = (*FAULT, MEMORY, PRIVILEGE)
+"""What is not compared register by register."""
+
 _MASK32: Final = 0xFFFFFFFF
-_MASK64: Final = 0xFFFFFFFFFFFFFFFF
+
+NO_REPLAY: Final = Replay()
+"""Stands where there is none yet."""
 
 
 class Comparison:
     """One emulated instruction beside its hardware execution.
 
     ``decoded`` is the emulator's view, ``insn`` the CPU's (None if it raises an exception while decoding). The faults
-    are what the instruction ended with; ``after`` is the emulator's state, ``expected`` the hardware's.
+    are what the instruction ended with; ``after`` is the emulator's state, ``expected`` the hardware's, ``origin()``
+    what both began with.
     """
 
     def __init__(self, decoded: Decoded, before: Regs, after: Regs, general: bool = False) -> None:
@@ -46,7 +53,13 @@ class Comparison:
         self.general = general
         """Only general registers, RIP and RFLAGS can change."""
         self.insn: Insn | None = None
+        self.code = b""
         self.before = before
+        self.gpr = before.gpr[:]
+        self.rflags = before.rflags
+        self.shadow = before.shadow
+        self.others: Regs | None = None if general else before.copy()
+        """What else there was before the instruction; None if it cannot change."""
         self.after = after
         self.expected = before
         self.fault: Fault | None = None
@@ -56,19 +69,26 @@ class Comparison:
         self.start = before.rip
         self.bits = 64 if before.long_mode else 16 if before.code16 else 32
         self.accesses: list[Access] = []
+        self.bus = NO_REPLAY
+        self.tried: tuple[str, ...] = ()
+        """Deviations of the emulator that are made good already."""
         self.unmodelled = False
         """The executor lacks the instruction: there is nothing to compare with."""
         self.differences: list[str] = []
 
+    def origin(self) -> Regs:
+        """A copy of the registers before the instruction."""
+        regs = self.after.copy() if self.others is None else self.others.copy()
+        regs.gpr = self.gpr[:]
+        regs.rip = self.start
+        regs.rflags = self.rflags
+        regs.shadow = self.shadow
+        return regs
+
     @property
-    def straddles(self) -> bool:
-        """The emulator asked for an access whose first byte is canonical and whose last byte is not."""
-        low_half_end = 1 << (56 if self.after.cr4 & CR4_LA57 else 47)
-        for access in self.accesses:
-            last = access.gva + access.size - 1
-            if access.gva < low_half_end <= last or access.gva <= _MASK64 < last:
-                return self.mode64
-        return False
+    def repeated(self) -> bool:
+        """A string instruction with a REP prefix."""
+        return self.decoded.rep != 0 and self.decoded.d & STRING != 0
 
     @property
     def emulated_vector(self) -> int:
@@ -91,25 +111,72 @@ def replay(made: Comparison, code: bytes, accesses: list[Access], bus: Replay) -
 
     ``made.before`` becomes the expected state.
     """
-    made.accesses = accesses
-    bus.begin(accesses, made.fault, made.after, made.mode64)
-    regs = made.before
-    repeated = made.decoded.rep != 0 and made.decoded.d & STRING != 0
-    beyond = False
+    made.code = code
     try:
         insn = hardware_decode(code, made.bits)
-        made.insn = insn
-        execute(regs, insn, bus)
     except (Unsupported, Truncated):
         made.unmodelled = True
-        return
     except Fault as fault:
         made.expected_fault = fault.with_traceback(None)
-    except BeyondTheRecord:
-        # A repeated instruction that has left the emulator ends where its accesses do.
-        beyond = not repeated
-    made.expected = regs
+        _replay(made, None, accesses, bus)
+    else:
+        _replay(made, insn, accesses, bus)
+
+
+def _replay(made: Comparison, insn: Insn | None, accesses: list[Access], bus: Replay) -> None:
+    made.insn = insn
+    made.accesses = accesses
+    made.bus = bus
+    bus.begin(accesses, made.fault, made.after, made.mode64)
+    beyond = False
+    if insn is not None:
+        try:
+            execute(made.before, insn, bus)
+        except Unsupported:
+            made.unmodelled = True
+            return
+        except Fault as fault:
+            made.expected_fault = fault.with_traceback(None)
+        except BeyondTheRecord:
+            # A repeated instruction that has left the emulator ends where its accesses do.
+            beyond = not made.repeated
+    made.expected = made.before
     _compare(made, bus, beyond)
+
+
+def translated(made: Comparison, insn: Insn, before: Regs, after: Regs, accesses: list[Access]) -> Comparison:
+    """The comparison made again, with another instruction, or other states and accesses in which it is the same."""
+    other = Comparison(made.decoded, before, after, made.general)
+    other.code = made.code
+    other.fault = made.fault
+    other.tried = made.tried
+    _replay(other, insn, accesses, Replay())
+    return other
+
+
+def expecting(made: Comparison, expected: Regs, settled: tuple[str, ...]) -> Comparison:
+    """The comparison with registers as they are ``expected``, and without the differences that are ``settled``."""
+    other = Comparison(made.decoded, made.expected, made.after, True)
+    other.general = made.general
+    other.gpr = made.gpr
+    other.rflags = made.rflags
+    other.shadow = made.shadow
+    other.others = made.others
+    other.mode64 = made.mode64
+    other.user = made.user
+    other.start = made.start
+    other.bits = made.bits
+    other.code = made.code
+    other.insn = made.insn
+    other.accesses = made.accesses
+    other.bus = made.bus
+    other.tried = made.tried
+    other.fault = made.fault
+    other.expected_fault = made.fault if EXCEPTION in settled else made.expected_fault
+    other.expected = expected
+    other.differences = [found for found in made.differences if found in _OUTSIDE and found not in settled]
+    compare_registers(other)
+    return other
 
 
 def _compare(made: Comparison, bus: Replay, beyond: bool) -> None:
@@ -125,10 +192,10 @@ def _compare(made: Comparison, bus: Replay, beyond: bool) -> None:
         found.append(ACCESSES)
     if made.user and not (bus.privilege and bus.same_write_privilege()):
         found.append(PRIVILEGE)
-    if made.emulated_vector < 0:
+    if made.emulated_vector < 0 or made.repeated:
         if not bus.same_writes():
             found.append(MEMORY)
-    elif bus.writes and not made.decoded.rep:
+    elif bus.writes:
         # An instruction that faults has written nothing.
         found.append(MEMORY)
     compare_registers(made)

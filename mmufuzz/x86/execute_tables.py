@@ -133,7 +133,7 @@ def load_system_segment(regs: Regs, insn: Insn, bus: Bus) -> None:
         advance(regs, insn)
         return
     long = regs.efer & EFER_LMA != 0
-    if selector & 4 or (selector | (15 if long else 7)) > regs.gdt_limit:
+    if selector & 4 or (selector | 7) + (8 if long else 0) > regs.gdt_limit:
         raise Fault(VECTOR_GP, error)
     descriptor = read_descriptor(regs, bus, selector)
     wanted = (2,) if index == LDTR else (9,) if long else (1, 9)

@@ -252,30 +252,39 @@ class Comparer:
         name = ctxt.insn.entry.mnemonic
         self.used[name] = self.used.get(name, 0) + 1
         known = self.judge(made, code, "replayed")
-        if not self.guest_goes_on(ctxt, before):
+        flags = self.guest_goes_on(ctxt, before)
+        if flags < 0:
             self.ours.memory[:] = memory
             return True
         self.theirs.memory[:] = memory
-        self.execute(made, ctxt, before, code, known)
+        self.execute(made, ctxt, before, code, known, flags)
         if rng.below(2):
             self.ours.memory[:] = memory
         return True
 
-    def guest_goes_on(self, ctxt: X86EmulateCtxt, before: Regs) -> bool:
-        """Execute a repeated instruction until RIP is behind it, as the guest does; False if it changed itself."""
+    def guest_goes_on(self, ctxt: X86EmulateCtxt, before: Regs) -> int:
+        """Execute a repeated instruction until RIP is behind it, as the guest does.
+
+        RFLAGS before the emulator was entered for the last time; -1 if the instruction changed itself.
+        """
+        flags = before.rflags
         while ctxt.insn.rep and ctxt.d & STRING and not ctxt.have_exception and ctxt.regs.rip == before.rip:
             insn = ctxt.insn
+            flags = ctxt.regs.rflags
             if emulate(ctxt) == EMULATION_FAILED or ctxt.insn is not insn:
-                return False
-        return True
+                return -1
+        return flags
 
-    def execute(self, made: Comparison, ctxt: X86EmulateCtxt, before: Regs, code: bytes, known: str) -> None:
+    def execute(
+        self, made: Comparison, ctxt: X86EmulateCtxt, before: Regs, code: bytes, known: str, flags: int
+    ) -> None:
         """The executor on a copy of the memory; ``known`` explains the replay, and therefore this."""
         self.theirs.no_load = self.ours.no_load
         self.theirs.no_store = self.ours.no_store
         side = Comparison(ctxt.insn, before, ctxt.regs)
         side.fault = ctxt.exception if ctxt.have_exception else None
         side.expected = before.copy()
+        side.rflags = flags
         side.insn = made.insn
         side.accesses = made.accesses
         try:

@@ -288,6 +288,15 @@ def test_system_segments_are_checked(mode: int, line: str, selector: int, word: 
     assert faults(made) == (vector, error)
 
 
+@pytest.mark.parametrize(("limit", "vector"), [(LDT + 8 + 15, -1), (LDT + 8 + 14, 13), (LDT + 8 + 7, 13)])
+def test_all_16_bytes_of_a_system_descriptor_are_within_the_limit(limit: int, vector: int) -> None:
+    """Wherever it begins: the table has entries of 8 bytes."""
+    selector = LDT + 8
+    code = asm(f"mov eax, {selector}", "lldt ax")
+    table = {selector: descriptor(0x2), selector + 8: 0}
+    assert run(64, code, registers={"gdt_limit": limit}, descriptors=table).vector == vector
+
+
 def test_the_base_of_a_system_segment_is_canonical_in_long_mode() -> None:
     code = asm(f"mov eax, {LDT}", "lldt ax")
     assert faults(run(64, code, descriptors={LDT: descriptor(0x2), LDT + 8: 1 << 31})) == (13, LDT)

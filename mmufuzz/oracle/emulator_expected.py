@@ -1,0 +1,278 @@
+"""What KVM's emulator is expected to leave where it deviates: results, stack, encodings, strings.
+
+One function for each deviation, here, in ``emulator_expected_system`` and in ``emulator_expected_far``, answers the
+comparison with the deviation made good: with what KVM leaves in place of what hardware leaves (``expecting``), or with
+states or an instruction of which hardware makes the same as KVM of the real ones (``translated``). None if the
+deviation has nothing to do with the instruction. What still differs then is something else.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mmufuzz.kvm.emulate_ctxt import PORT, WRITE
+from mmufuzz.kvm.opcode_table import MMX
+from mmufuzz.oracle.emulator_compare import (
+    ADDRESS,
+    ERROR_CODE,
+    FAULT,
+    MEMORY,
+    Comparison,
+    expecting,
+    hardware_decode,
+    translated,
+)
+from mmufuzz.x86 import alu
+from mmufuzz.x86.decode import Truncated, Unsupported
+from mmufuzz.x86.execute_operands import MASK32, MASK64, RAX, RCX, RDI, RSP
+from mmufuzz.x86.execute_vector import enter_mmx
+from mmufuzz.x86.insn import IMM, Insn, Operand, renamed
+from mmufuzz.x86.opcodes import MNEMONICS
+from mmufuzz.x86.state import (
+    FLAG_DF,
+    FLAG_IF,
+    FLAG_ZF,
+    SHADOW_STI,
+    VECTOR_GP,
+    VECTOR_PF,
+    VECTOR_SS,
+    VECTOR_UD,
+    Fault,
+)
+
+_R8: Final = 8
+
+
+def segment_fault(made: Comparison) -> bool:
+    """The emulator raised #GP(0) or #SS(0)."""
+    fault = made.fault
+    return fault is not None and fault.vector in (VECTOR_GP, VECTOR_SS) and fault.error_code == 0
+
+
+def operand_fault(made: Comparison) -> bool:
+    """The emulator may have found no more than that its memory operand cannot be accessed."""
+    return made.decoded.in_memory and (made.emulated_vector == VECTOR_PF or segment_fault(made))
+
+
+def again(made: Comparison, insn: Insn) -> Comparison:
+    return translated(made, insn, made.origin(), made.after, made.accesses)
+
+
+def resized(insn: Insn, size: int) -> Insn:
+    """``insn`` with a first operand of ``size`` bytes."""
+    other = renamed(insn, insn.mnemonic, insn.operation)
+    first = insn.operands[0]
+    other.operands = [Operand(first.kind, size, first.index, first.value), *insn.operands[1:]]
+    return other
+
+
+# Results.
+
+
+def tzcnt(made: Comparison) -> Comparison | None:
+    """TZCNT and LZCNT as BSF and BSR."""
+    insn = made.insn
+    if insn is None or insn.mnemonic not in ("tzcnt", "lzcnt"):
+        return None
+    name = "bsf" if insn.mnemonic == "tzcnt" else "bsr"
+    return again(made, renamed(insn, name, MNEMONICS.index(name)))
+
+
+def bsf_zero(made: Comparison) -> Comparison | None:
+    """BSF and BSR of zero: the general registers as they were."""
+    insn = made.insn
+    if insn is None or insn.mnemonic not in ("bsf", "bsr") or not made.expected.rflags & FLAG_ZF:
+        return None
+    regs = made.expected.copy()
+    regs.gpr = made.gpr[:]
+    return expecting(made, regs, ())
+
+
+def rep_end(made: Comparison) -> Comparison | None:
+    """A repetition: RIP as it was."""
+    if not made.repeated or made.emulated_vector >= 0:
+        return None
+    regs = made.expected.copy()
+    regs.rip = made.start
+    return expecting(made, regs, ())
+
+
+def rep_flags(made: Comparison) -> Comparison | None:
+    """REP CMPS and SCAS that fault: RFLAGS as they were."""
+    if not made.repeated or made.decoded.name not in ("cmps", "scas") or made.emulated_vector < 0:
+        return None
+    regs = made.expected.copy()
+    regs.rflags = made.rflags
+    return expecting(made, regs, ())
+
+
+def cmpxchg_register(made: Comparison) -> Comparison | None:
+    """CMPXCHG of a 32-bit register: its upper half is zero."""
+    insn = made.decoded
+    if insn.name != "cmpxchg" or insn.in_memory or insn.op_bytes != 4:
+        return None
+    regs = made.expected.copy()
+    regs.gpr[insn.modrm_rm] &= MASK32
+    return expecting(made, regs, ())
+
+
+def pause_rex(made: Comparison) -> Comparison | None:
+    """PAUSE with REX.B: XCHG of R8 and rAX."""
+    insn = made.decoded
+    if insn.entry.opcode != 0x90 or insn.entry.map != 1 or insn.rep != 0xF3 or not insn.rex & 1:
+        return None
+    regs = made.expected.copy()
+    size = insn.op_bytes
+    mask = alu.mask(size)
+    kept = 0 if size >= 4 else MASK64 & ~mask
+    regs.gpr[RAX] = made.gpr[RAX] & kept | made.gpr[_R8] & mask
+    regs.gpr[_R8] = made.gpr[_R8] & kept | made.gpr[RAX] & mask
+    return expecting(made, regs, ())
+
+
+def sti_shadow(made: Comparison) -> Comparison | None:
+    """STI with IF set: the shadow of STI."""
+    if made.decoded.name != "sti" or made.emulated_vector >= 0 or not made.rflags & FLAG_IF:
+        return None
+    regs = made.expected.copy()
+    regs.shadow = SHADOW_STI & ~made.shadow
+    return expecting(made, regs, ())
+
+
+def mmx_fault(made: Comparison) -> Comparison | None:
+    """An MMX store that faults: the x87's state is that of MMX."""
+    if not made.decoded.d & MMX or not operand_fault(made):
+        return None
+    regs = made.expected.copy()
+    enter_mmx(regs)
+    return expecting(made, regs, ())
+
+
+# The stack.
+
+
+def enter_size(made: Comparison) -> Comparison | None:
+    """ENTER: operands as wide as the stack."""
+    insn = made.insn
+    if insn is None or made.decoded.name != "enter":
+        return None
+    width = _stack_width(made)
+    if insn.size == width:
+        return None
+    other = renamed(insn, insn.mnemonic, insn.operation)
+    other.size = width
+    return again(made, other)
+
+
+def _stack_width(made: Comparison) -> int:
+    return 8 if made.mode64 else 2 if made.origin().stack16 else 4
+
+
+def enter_top(made: Comparison) -> Comparison | None:
+    """ENTER: as if it reserved nothing, so that only what is pushed must be writable."""
+    insn = made.insn
+    if insn is None or made.decoded.name != "enter" or made.emulated_vector >= 0:
+        return None
+    reserved = insn.operands[0].value
+    other = renamed(insn, insn.mnemonic, insn.operation)
+    other.operands = [Operand(IMM, insn.operands[0].size, 0, 0), *insn.operands[1:]]
+    after = made.after.copy()
+    mask = alu.mask(_stack_width(made))
+    after.gpr[RSP] = after.gpr[RSP] & ~mask | after.gpr[RSP] + reserved & mask
+    return translated(made, other, made.origin(), after, made.accesses)
+
+
+def pusha_stores(made: Comparison) -> Comparison | None:
+    """PUSHA that faults: the stores before that one."""
+    if made.decoded.name != "pusha" or made.emulated_vector < 0 or not made.bus.same_writes():
+        return None
+    return expecting(made, made.expected, (MEMORY,))
+
+
+# Encodings.
+
+_PREFIXES: Final = b"\x66\xf2\xf3"
+_OTHER_PREFIXES: Final = b"\x26\x2e\x36\x3e\x64\x65\x67\xf0"
+
+
+def undefined_prefix(made: Comparison) -> Comparison | None:
+    """FXSAVE, FXRSTOR, MOVNTI and XSETBV with 66, F2 or F3: as without."""
+    undefined = made.insn is None and made.expected_vector == VECTOR_UD
+    if not undefined or made.decoded.name not in ("fxsave", "fxrstor", "movnti", "xsetbv"):
+        return None
+    code = bytearray()
+    place = 0
+    while made.code[place] in _PREFIXES or made.code[place] in _OTHER_PREFIXES:
+        if made.code[place] not in _PREFIXES:
+            code.append(made.code[place])
+        place += 1
+    dropped = place - len(code)
+    try:
+        insn = hardware_decode(bytes(code) + made.code[place:], made.bits)
+    except (Fault, Truncated, Unsupported):
+        return None
+    insn = renamed(insn, insn.mnemonic, insn.operation)
+    insn.length += dropped
+    return again(made, insn)
+
+
+# REP INS.
+
+
+def read_ahead(made: Comparison) -> Comparison | None:
+    """REP INS that has read several elements: they are stored in one piece or not at all, and in a row."""
+    insn = made.decoded
+    if not made.repeated or insn.name != "ins" or made.rflags & FLAG_DF:
+        return None
+    return _piece_fault(made) if made.emulated_vector >= 0 else _piece_wraps(made)
+
+
+def _stored(made: Comparison) -> int:
+    """Elements that have been stored."""
+    return sum(access.size for access in made.bus.writes) // made.decoded.op_bytes
+
+
+def _piece_fault(made: Comparison) -> Comparison | None:
+    """Hardware stores some elements of the piece that faults."""
+    insn = made.decoded
+    size = insn.op_bytes
+    mask = alu.mask(insn.ad_bytes)
+    ports = sum(1 for access in made.accesses if access.size == size and access.kind == PORT)
+    ahead = made.after.gpr[RCX] - made.expected.gpr[RCX] & mask
+    if made.emulated_vector not in (VECTOR_PF, VECTOR_GP, VECTOR_SS) or not 0 < ahead <= ports - _stored(made):
+        return None
+    executed = {store.gva: store.value for store in made.bus.stores}
+    for write in made.bus.writes:
+        if write.size % size:
+            return None
+        for place in range(write.size // size):
+            if executed.get(write.gva + place * size, -1) != write.value >> 8 * size * place & alu.mask(size):
+                return None
+    regs = made.expected.copy()
+    for index, by in ((RCX, ahead), (RDI, -ahead * size)):
+        regs.gpr[index] = regs.gpr[index] & ~mask | regs.gpr[index] + by & mask
+    return expecting(made, regs, (MEMORY, ERROR_CODE, ADDRESS))
+
+
+def _piece_wraps(made: Comparison) -> Comparison | None:
+    """A piece runs past the width of the address: element by element it would go on at the beginning."""
+    insn = made.decoded
+    size = insn.op_bytes
+    mask = alu.mask(insn.ad_bytes)
+    values = [access.value for access in made.accesses if access.kind == PORT]
+    regs = made.origin()
+    base = made.origin().segments[0].base if not made.mode64 else 0
+    start = regs.gpr[RDI] & mask
+    if start + len(values) * size <= mask + 1:
+        return None
+    stored = {}
+    for access in made.accesses:
+        if access.kind == WRITE:
+            for place in range(access.size // size):
+                stored[access.gva + place * size] = access.value >> 8 * size * place & alu.mask(size)
+    if stored != {base + start + place * size: value for place, value in enumerate(values)}:
+        return None
+    for index, by in ((RCX, -len(values)), (RDI, len(values) * size)):
+        moved = regs.gpr[index] + by & mask
+        regs.gpr[index] = moved if insn.ad_bytes >= 4 else regs.gpr[index] & ~mask | moved
+    return expecting(made, regs, (*FAULT, MEMORY))

@@ -1,0 +1,314 @@
+"""What KVM's emulator is expected to leave where it deviates: segments, system registers, addresses.
+
+See ``emulator_expected``.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mmufuzz.kvm.emulate_ctxt import CMPXCHG, READ, SYSTEM, Access
+from mmufuzz.kvm.opcode_table import MOV, NO_WRITE
+from mmufuzz.oracle.emulator_compare import (
+    ADDRESS,
+    ERROR_CODE,
+    EXCEPTION,
+    FAULT,
+    Comparison,
+    expecting,
+    same_segments,
+    translated,
+)
+from mmufuzz.oracle.emulator_expected import again, operand_fault, resized, segment_fault
+from mmufuzz.x86.execute_operands import MASK32, MASK64, effective_address, linear
+from mmufuzz.x86.insn import LDTR, REG, SS, TR, Insn, renamed
+from mmufuzz.x86.paging import CR4_LA57
+from mmufuzz.x86.segments import refresh
+from mmufuzz.x86.state import (
+    RIGHTS_DB,
+    RIGHTS_UNUSABLE,
+    VECTOR_DB,
+    VECTOR_GP,
+    VECTOR_PF,
+    VECTOR_SS,
+    VECTOR_UD,
+    Fault,
+    Segment,
+)
+
+_FXSAVE_SIZE: Final = 288
+_DR6_TRAPS: Final = 0xF
+_DR6_BD: Final = 1 << 13
+_DR6_FIXED: Final = 0xFFFF0FF0
+
+# Segment, control and debug registers.
+
+
+def _is_sreg(made: Comparison) -> bool:
+    return made.decoded.name in ("mov.from_sreg", "mov.to_sreg")
+
+
+def sreg_rex(made: Comparison) -> Comparison | None:
+    """REX.R with a segment register: #UD, once the operand of a load is read."""
+    if not _is_sreg(made) or made.decoded.modrm_reg <= 7:
+        return None
+    loads = made.decoded.name == "mov.to_sreg"
+    if made.emulated_vector != VECTOR_UD and not (loads and operand_fault(made)):
+        return None
+    return expecting(made, made.origin(), FAULT)
+
+
+def sreg_order(made: Comparison) -> Comparison | None:
+    """MOV to CS or an undefined register: the fault of its operand."""
+    if made.decoded.name != "mov.to_sreg" or made.expected_vector != VECTOR_UD or not operand_fault(made):
+        return None
+    return expecting(made, made.origin(), FAULT)
+
+
+def selector_width(made: Comparison) -> Comparison | None:
+    """A selector stored with REX.W: 8 bytes."""
+    insn = made.insn
+    stores = made.decoded.name in ("sldt", "str", "mov.from_sreg")
+    if insn is None or not stores or not made.decoded.in_memory or made.decoded.op_bytes != 8:
+        return None
+    return again(made, resized(insn, 8))
+
+
+def control_order(made: Comparison) -> Comparison | None:
+    """#GP(0) for the privilege, or for a wide value of DR6 and DR7, where hardware has another exception first."""
+    name = made.decoded.name
+    if not name.startswith(("movcr.", "movdr.")) or not segment_fault(made) or made.emulated_vector != VECTOR_GP:
+        return None
+    wide = name == "movdr.write" and made.decoded.modrm_reg in (6, 7) and made.gpr[made.decoded.modrm_rm] > MASK32
+    if made.expected_vector == VECTOR_DB:
+        refused = wide
+    else:
+        refused = made.expected_vector == VECTOR_UD and (made.origin().cpl != 0 or wide)
+    return expecting(made, made.origin(), FAULT) if refused else None
+
+
+def debug_detect(made: Comparison) -> Comparison | None:
+    """DR7.GD at the #DB for it: DR7 as it was, in DR6 BD alone."""
+    if made.emulated_vector != VECTOR_DB or made.expected_vector != VECTOR_DB:
+        return None
+    regs = made.origin()
+    regs.dr[6] = regs.dr[6] & ~_DR6_TRAPS | _DR6_BD | _DR6_FIXED
+    return expecting(made, regs, ())
+
+
+def null_ss(made: Comparison) -> Comparison | None:
+    """A null SS: a writable data segment with DPL = CPL."""
+    old = made.expected.segments[SS]
+    if not made.mode64 or made.emulated_vector >= 0 or not old.rights & RIGHTS_UNUSABLE:
+        return None
+    regs = made.expected.copy()
+    rights = 0x93 | regs.cpl << 5 | RIGHTS_DB | 1 << 15
+    regs.segments[SS] = Segment(old.selector, 0, 0xFFF, rights)
+    return expecting(made, regs, ())
+
+
+# Addresses.
+
+
+def segment_override(made: Comparison) -> Comparison | None:
+    """The last segment prefix in 64-bit mode."""
+    insn = made.insn
+    if not made.mode64 or insn is None or insn.segment == made.decoded.segment:
+        return None
+    other = renamed(insn, insn.mnemonic, insn.operation)
+    other.segment = made.decoded.segment
+    return again(made, other)
+
+
+def first_byte(made: Comparison) -> Comparison | None:
+    """An access that leaves the low canonical half.
+
+    With 57-bit addresses an access that leaves the low half of 48-bit ones leaves nothing. There is no wider mode to
+    stand for that of 57 bits, so that of such an access only the fault is expected, which its second page gives.
+    """
+    insn = made.insn
+    regs = made.origin()
+    wide = regs.cr4 & CR4_LA57 != 0
+    if insn is None or not made.mode64 or not _straddles(made.accesses, 1 << (56 if wide else 47)):
+        return None
+    if wide:
+        return expecting(made, regs, FAULT) if made.emulated_vector >= 0 else None
+    after = made.after.copy()
+    regs.cr4 ^= CR4_LA57
+    after.cr4 ^= CR4_LA57
+    return translated(made, insn, regs, after, made.accesses)
+
+
+def _straddles(accesses: list[Access], end: int) -> bool:
+    return any(access.gva < end < access.gva + access.size for access in accesses)
+
+
+def write_check(made: Comparison) -> Comparison | None:
+    """A read-modify-write in a segment that cannot be written: the #PF of the read."""
+    insn = made.decoded
+    if made.mode64 or insn.d & (MOV | NO_WRITE) or made.emulated_vector != VECTOR_PF or not insn.in_memory:
+        return None
+    rights = made.origin().segments[insn.segment].rights
+    read = made.accesses[len(made.accesses) - 1].kind == READ
+    if not read or made.expected_vector not in (VECTOR_GP, VECTOR_SS) or (rights & 2 and not rights & 8):
+        return None
+    return expecting(made, made.origin(), (EXCEPTION, ERROR_CODE, ADDRESS))
+
+
+def wrap(made: Comparison) -> Comparison | None:
+    """LGDT and LIDT with the base behind 4 GiB: #GP(0) or #SS(0)."""
+    insn = made.insn
+    if made.mode64 or insn is None or made.decoded.name not in ("lgdt", "lidt") or not segment_fault(made):
+        return None
+    regs = made.origin()
+    if effective_address(regs, insn) + 2 <= MASK32 or (made.emulated_vector == VECTOR_SS) != (insn.segment == SS):
+        return None
+    return expecting(made, regs, FAULT)
+
+
+def lgdt16(made: Comparison) -> Comparison | None:
+    """LGDT and LIDT of 16 bits: an operand of 5 bytes."""
+    insn = made.insn
+    if insn is None or made.decoded.name not in ("lgdt", "lidt") or made.decoded.op_bytes != 2 or made.mode64:
+        return None
+    return again(made, resized(insn, 5))
+
+
+def sgdt16(made: Comparison) -> Comparison | None:
+    """SGDT and SIDT of 16 bits: as if the bases had 24 bits."""
+    insn = made.insn
+    if insn is None or made.decoded.name not in ("sgdt", "sidt") or made.decoded.op_bytes != 2 or made.mode64:
+        return None
+    regs = made.origin()
+    after = made.after.copy()
+    for each in (after, regs):
+        each.gdt_base -= regs.gdt_base & ~0xFFFFFF
+        each.idt_base -= regs.idt_base & ~0xFFFFFF
+    return translated(made, insn, regs, after, made.accesses)
+
+
+def fxsave_size(made: Comparison) -> Comparison | None:
+    """FXSAVE and FXRSTOR outside 64-bit mode: a segment that ends behind the 288th byte does not matter."""
+    insn = made.insn
+    if insn is None or made.decoded.name not in ("fxsave", "fxrstor") or made.mode64:
+        return None
+    regs = made.origin()
+    try:
+        linear(regs, insn.segment, effective_address(regs, insn), _FXSAVE_SIZE, made.decoded.name == "fxsave")
+    except Fault:
+        return None
+    after = made.after.copy()
+    if not same_segments(regs, after):
+        return None
+    for each in (regs, after):
+        segment = each.segments[insn.segment]
+        segment.limit = MASK32
+        segment.rights = segment.rights & ~0xC | 2
+        refresh(each)
+    return translated(made, insn, regs, after, made.accesses)
+
+
+# System segments.
+
+
+def _selector(made: Comparison, insn: Insn) -> int:
+    """What LLDT and LTR load; -1 if it was not read."""
+    operand = insn.operands[0]
+    if operand.kind == REG:
+        return made.gpr[operand.index] & 0xFFFF
+    return made.accesses[0].value & 0xFFFF if made.accesses and made.accesses[0].value >= 0 else -1
+
+
+def ltr_error(made: Comparison) -> Comparison | None:
+    """LTR of a selector of the LDT: #GP(0)."""
+    insn = made.insn
+    if insn is None or made.decoded.name != "ltr" or not _selector(made, insn) & 4:
+        return None
+    if made.emulated_vector != VECTOR_GP or made.expected_vector != VECTOR_GP or not segment_fault(made):
+        return None
+    return expecting(made, made.origin(), (ERROR_CODE,))
+
+
+def lldt_local(made: Comparison) -> Comparison | None:
+    """LLDT of a selector of the LDT: as if the LDT were the GDT, one entry further on, as entry 0 of a GDT is null."""
+    insn = made.insn
+    if insn is None or made.decoded.name != "lldt":
+        return None
+    selector = _selector(made, insn)
+    if selector < 0 or not selector & 4 or selector > 0xFFF7:
+        return None
+    regs = made.origin()
+    after = made.after.copy()
+    table = regs.segments[LDTR]
+    usable = not table.rights & RIGHTS_UNUSABLE
+    substitute = (selector | 7) + 1 | selector & 3
+    base = (table.base if usable else 0) - 8 - regs.gdt_base
+    limit = (table.limit if usable else 0) + 8 - regs.gdt_limit
+    for each in (regs, after):
+        each.gdt_base = each.gdt_base + base & MASK64
+        each.gdt_limit += limit
+        if insn.operands[0].kind == REG:
+            each.gpr[insn.operands[0].index] ^= selector ^ substitute
+    accesses = made.accesses[:]
+    if insn.operands[0].kind != REG:
+        accesses[0] = Access(accesses[0].kind, accesses[0].gva, accesses[0].size, substitute)
+    other = Comparison(made.decoded, regs.copy(), after, False)
+    other.tried = made.tried
+    other.fault = made.fault
+    if made.fault is None:
+        if after.segments[LDTR].selector != selector:
+            return None
+        after.segments[LDTR].selector = substitute
+    elif made.fault.error_code == selector & 0xFFFC and made.fault.vector != VECTOR_PF:
+        other.fault = Fault(made.fault.vector, substitute & 0xFFFC)
+    return translated(other, insn, regs, after, accesses)
+
+
+def system_limit(made: Comparison) -> Comparison | None:
+    """LLDT and LTR in long mode: as if the table were 8 bytes longer."""
+    insn = made.insn
+    if insn is None or made.decoded.name not in ("lldt", "ltr") or not made.mode64:
+        return None
+    selector = _selector(made, insn)
+    regs = made.origin()
+    if selector < 0 or not (selector | 7) <= regs.gdt_limit < (selector | 7) + 8:
+        return None
+    after = made.after.copy()
+    regs.gdt_limit += 8
+    after.gdt_limit += 8
+    return translated(made, insn, regs, after, made.accesses)
+
+
+def system_read(made: Comparison) -> Comparison | None:
+    """LLDT and LTR in long mode: the last 4 bytes of the descriptor, which are not read, have no effect."""
+    insn = made.insn
+    if insn is None or made.decoded.name not in ("lldt", "ltr") or not made.mode64:
+        return None
+    accesses = [
+        Access(access.kind, access.gva, 8, access.value)
+        if access.kind == READ | SYSTEM and access.size == 4
+        else access
+        for access in made.accesses
+    ]
+    return translated(made, insn, made.origin(), made.after, accesses)
+
+
+def tss16(made: Comparison) -> Comparison | None:
+    """LTR of a 16-bit TSS in long mode: as if it were of 64 bits."""
+    insn = made.insn
+    if insn is None or made.decoded.name != "ltr" or not made.mode64 or made.emulated_vector == VECTOR_GP:
+        return None
+    accesses: list[Access] = []
+    changed = False
+    for access in made.accesses:
+        tss = access.kind == READ | SYSTEM and access.size == 8 and access.value >> 40 & 0x1F == 1
+        changed = changed or tss
+        wide = tss or (changed and access.kind == CMPXCHG)
+        value = access.value | 8 << 40 if wide else access.value
+        accesses.append(Access(access.kind, access.gva, access.size, value))
+    if not changed:
+        return None
+    after = made.after.copy()
+    if made.fault is None:
+        after.segments[TR].rights ^= 8
+    return translated(made, insn, made.origin(), after, accesses)
