@@ -191,8 +191,8 @@ def pusha_stores(made: Comparison) -> Comparison | None:
 
 # Encodings.
 
-_PREFIXES: Final = b"\x66\xf2\xf3"
-_OTHER_PREFIXES: Final = b"\x26\x2e\x36\x3e\x64\x65\x67\xf0"
+_PREFIXES: Final = (0x66, 0xF2, 0xF3)
+_OTHER_PREFIXES: Final = (0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x67, 0xF0)
 
 
 def undefined_prefix(made: Comparison) -> Comparison | None:
@@ -200,15 +200,15 @@ def undefined_prefix(made: Comparison) -> Comparison | None:
     undefined = made.insn is None and made.expected_vector == VECTOR_UD
     if not undefined or made.decoded.name not in ("fxsave", "fxrstor", "movnti", "xsetbv"):
         return None
-    code = bytearray()
+    kept: list[int] = []
     place = 0
     while made.code[place] in _PREFIXES or made.code[place] in _OTHER_PREFIXES:
         if made.code[place] not in _PREFIXES:
-            code.append(made.code[place])
+            kept.append(made.code[place])
         place += 1
-    dropped = place - len(code)
+    dropped = place - len(kept)
     try:
-        insn = hardware_decode(bytes(code) + made.code[place:], made.bits)
+        insn = hardware_decode(bytes(kept) + made.code[place:], made.bits)
     except (Fault, Truncated, Unsupported):
         return None
     insn = renamed(insn, insn.mnemonic, insn.operation)
