@@ -244,47 +244,50 @@ class Comparer:
         if emulate(ctxt) == EMULATION_FAILED:
             self.ours.memory[:] = memory
             return False
-        made = Comparison(ctxt.insn, before.copy(), regs.copy())
-        made.fault = ctxt.exception if ctxt.have_exception else None
-        replay(made, ctxt.code, ctxt.accesses, Replay())
+        made = self.replayed(ctxt, before)
         if made.unmodelled:
             return False
         name = ctxt.insn.entry.mnemonic
         self.used[name] = self.used.get(name, 0) + 1
-        known = self.judge(made, code, "replayed")
-        flags = self.guest_goes_on(ctxt, before)
-        if flags < 0:
+        known = self.guest_goes_on(ctxt, before, code, self.judge(made, code, "replayed"))
+        if known is None:
             self.ours.memory[:] = memory
             return True
         self.theirs.memory[:] = memory
-        self.execute(made, ctxt, before, code, known, flags)
+        self.execute(made, ctxt, before, code, known)
         if rng.below(2):
             self.ours.memory[:] = memory
         return True
 
-    def guest_goes_on(self, ctxt: X86EmulateCtxt, before: Regs) -> int:
+    def replayed(self, ctxt: X86EmulateCtxt, before: Regs) -> Comparison:
+        """What the emulator has done from the state ``before``, over its own accesses."""
+        made = Comparison(ctxt.insn, before.copy(), ctxt.regs.copy())
+        made.fault = ctxt.exception if ctxt.have_exception else None
+        replay(made, ctxt.code, ctxt.accesses, Replay())
+        return made
+
+    def guest_goes_on(self, ctxt: X86EmulateCtxt, before: Regs, code: bytes, known: str) -> str | None:
         """Execute a repeated instruction until RIP is behind it, as the guest does.
 
-        RFLAGS before the emulator was entered for the last time; -1 if the instruction changed itself.
+        The deviation that explains one of the emulations, ``known`` that of the first; None if the instruction
+        changed itself.
         """
-        flags = before.rflags
         while ctxt.insn.rep and ctxt.d & STRING and not ctxt.have_exception and ctxt.regs.rip == before.rip:
             insn = ctxt.insn
-            flags = ctxt.regs.rflags
+            paused = ctxt.regs.copy()
             if emulate(ctxt) == EMULATION_FAILED or ctxt.insn is not insn:
-                return -1
-        return flags
+                return None
+            again = self.judge(self.replayed(ctxt, paused), code, "replayed")
+            known = again if known in ("", "rep-end") else known
+        return known
 
-    def execute(
-        self, made: Comparison, ctxt: X86EmulateCtxt, before: Regs, code: bytes, known: str, flags: int
-    ) -> None:
+    def execute(self, made: Comparison, ctxt: X86EmulateCtxt, before: Regs, code: bytes, known: str) -> None:
         """The executor on a copy of the memory; ``known`` explains the replay, and therefore this."""
         self.theirs.no_load = self.ours.no_load
         self.theirs.no_store = self.ours.no_store
         side = Comparison(ctxt.insn, before, ctxt.regs)
         side.fault = ctxt.exception if ctxt.have_exception else None
         side.expected = before.copy()
-        side.rflags = flags
         side.insn = made.insn
         side.accesses = made.accesses
         try:
