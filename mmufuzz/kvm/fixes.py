@@ -10,40 +10,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from mmufuzz.case.error import CaseError
+from mmufuzz.kvm import switches as on
 
 BENIGN: Final = "benign"
-
-# Behaviours.
-REEXECUTE_LOCKLESS: Final = "reexecute-lockless"
-REEXECUTE_ONE_PATH: Final = "reexecute-one-path"
-REEXECUTE_FLAG_ONLY: Final = "reexecute-flag-only"
-BARRIER_EMULATOR: Final = "track-write-barrier.emulator"
-BARRIER_ACCOUNT: Final = "track-write-barrier.account"
-RETRY_REWRITE: Final = "retry-rewrite"
-RETRY_CHECK: Final = "retry-guard.check"
-RETRY_RECORD_FAULT: Final = "retry-guard.fault"
-RETRY_RECORD_FAILURE: Final = "retry-guard.failure"
-UNPROTECT_IFF_ZAPPED: Final = "skip-emulation-iff-unprotected"
-WRITE_PF_TO_SP: Final = "write-pf-to-sp"
-REEXECUTE_OPT_IN: Final = "reexecute-opt-in"
-SELF_CHANGE_IN_FETCH: Final = "self-change-in-fetch"
-TRACK_DIRECT_CALL: Final = "page-track-direct-call"
-DUMMY_ROOT: Final = "dummy-root"
-USER_FAILURE_IS_UD: Final = "user-failure-is-ud"
-BREAKPOINT_BEFORE_DECODE: Final = "breakpoint-before-decode"
-NO_SINGLESTEP_ON_FAULT: Final = "no-singlestep-on-fault"
-MMIO_SCRATCH: Final = "mmio-scratch"
-SKIP_FAILS_ON_EXCEPTION: Final = "skip-fails-on-exception"
-MEMOPP_CHECK: Final = "emulator.memopp-check"
-EIP_CHECK: Final = "emulator.eip-check"
-NULL_SS: Final = "emulator.null-ss"
-STD_USER_ACCESS: Final = "emulator.std-user-access"
-SYSENTER_CS: Final = "emulator.sysenter-cs"
-LOCKED_ATOMIC: Final = "emulator.locked-atomic"
-REP_ZERO_QUIRK: Final = "emulator.rep-zero-quirk"
-MOVBE66: Final = "emulator.movbe66"
-SEGMENT_PRIVILEGE: Final = "emulator.segment-privilege"
-POP_SS_SHADOW: Final = "emulator.pop-ss-shadow"
 
 KERNELS: Final = ("v6.1", "v6.8", "v6.9", "v6.12")
 LATEST: Final = "v6.12"
@@ -73,7 +42,7 @@ FIXES: Final = (
         "474b99ed703b",
         "v6.9",
         BENIGN,
-        (REEXECUTE_LOCKLESS,),
+        (on.REEXECUTE_LOCKLESS,),
         "x86.c:reexecute_instruction",
         "I1",
     ),
@@ -83,7 +52,7 @@ FIXES: Final = (
         "515c18a64e70",
         "v6.9",
         BENIGN,
-        (REEXECUTE_ONE_PATH,),
+        (on.REEXECUTE_ONE_PATH,),
         "x86.c:reexecute_instruction",
     ),
     Fix(
@@ -92,7 +61,7 @@ FIXES: Final = (
         "dfeef3d3f310",
         "v6.9",
         BENIGN,
-        (REEXECUTE_FLAG_ONLY,),
+        (on.REEXECUTE_FLAG_ONLY,),
         "x86.c:reexecute_instruction",
     ),
     Fix(
@@ -101,7 +70,7 @@ FIXES: Final = (
         "226d9b8f1688",
         "v6.12",
         "coherence",
-        (BARRIER_EMULATOR, BARRIER_ACCOUNT),
+        (on.BARRIER_EMULATOR, on.BARRIER_ACCOUNT),
         "mmu.c:kvm_mmu_track_write, account_shadowed",
         "H1",
     ),
@@ -111,7 +80,7 @@ FIXES: Final = (
         "226d9b8f1688",
         "v6.12",
         "coherence",
-        (BARRIER_EMULATOR,),
+        (on.BARRIER_EMULATOR,),
         "mmu.c:kvm_mmu_track_write",
     ),
     Fix(
@@ -120,7 +89,7 @@ FIXES: Final = (
         "226d9b8f1688",
         "v6.12",
         "coherence",
-        (BARRIER_ACCOUNT,),
+        (on.BARRIER_ACCOUNT,),
         "mmu.c:account_shadowed",
     ),
     Fix(
@@ -129,7 +98,7 @@ FIXES: Final = (
         "01dd4d319207, dabc4ff70c35, 4df685664bed",
         "v6.12",
         "livelock",
-        (RETRY_CHECK, RETRY_RECORD_FAULT, RETRY_RECORD_FAILURE),
+        (on.RETRY_CHECK, on.RETRY_RECORD_FAULT, on.RETRY_RECORD_FAILURE),
         "mmu.c:kvm_mmu_write_protect_fault, __kvm_mmu_unprotect_gfn_and_retry",
         "A3",
     ),
@@ -139,7 +108,7 @@ FIXES: Final = (
         "2fb2b7877b3a",
         "v6.12",
         "livelock",
-        (UNPROTECT_IFF_ZAPPED, RETRY_RECORD_FAULT, RETRY_RECORD_FAILURE),
+        (on.UNPROTECT_IFF_ZAPPED, on.RETRY_RECORD_FAULT, on.RETRY_RECORD_FAILURE),
         "mmu.c:kvm_mmu_write_protect_fault; x86.c:x86_emulate_instruction",
         "A2",
     ),
@@ -149,7 +118,7 @@ FIXES: Final = (
         "19ab2c8be070",
         "v6.1",
         "livelock",
-        (WRITE_PF_TO_SP, RETRY_RECORD_FAILURE),
+        (on.WRITE_PF_TO_SP, on.RETRY_RECORD_FAILURE),
         "x86.c:kvm_unprotect_and_retry_on_failure; paging_tmpl.h:FNAME(fetch)",
         "A4",
     ),
@@ -159,7 +128,7 @@ FIXES: Final = (
         "8065dbd1ee0e",
         "v6.1",
         "livelock",
-        (REEXECUTE_OPT_IN,),
+        (on.REEXECUTE_OPT_IN,),
         "x86.c:kvm_unprotect_and_retry_on_failure",
         "A5",
     ),
@@ -169,7 +138,7 @@ FIXES: Final = (
         "4ececec19a09..98a69b96caca",
         "v6.12",
         "livelock",
-        (RETRY_REWRITE,),
+        (on.RETRY_REWRITE,),
         "mmu.c:kvm_mmu_page_fault; x86.c:x86_emulate_instruction",
     ),
     Fix(
@@ -178,7 +147,7 @@ FIXES: Final = (
         "258d985f6eb3, 39fda5d873eb",
         "v6.8",
         BENIGN,
-        (SELF_CHANGE_IN_FETCH,),
+        (on.SELF_CHANGE_IN_FETCH,),
         "paging_tmpl.h:FNAME(is_self_change_mapping), FNAME(fetch)",
     ),
     Fix(
@@ -187,7 +156,7 @@ FIXES: Final = (
         "6.6 page-track overhaul",
         "v6.8",
         BENIGN,
-        (TRACK_DIRECT_CALL,),
+        (on.TRACK_DIRECT_CALL,),
         "page_track.c:kvm_page_track_write; kernel/rcu/srcutree.c:__srcu_read_lock",
     ),
     Fix(
@@ -196,7 +165,7 @@ FIXES: Final = (
         "6.6 pull",
         "v6.8",
         BENIGN,
-        (DUMMY_ROOT,),
+        (on.DUMMY_ROOT,),
         "mmu.c:mmu_alloc_shadow_roots",
     ),
     Fix(
@@ -205,7 +174,7 @@ FIXES: Final = (
         "a2b9e6c1a35a, fc3a9157d314",
         "v6.1",
         "architecture",
-        (USER_FAILURE_IS_UD,),
+        (on.USER_FAILURE_IS_UD,),
         "x86.c:handle_emulation_failure",
         "G5",
     ),
@@ -215,7 +184,7 @@ FIXES: Final = (
         "fee060cd52d6",
         "v6.1",
         "architecture",
-        (BREAKPOINT_BEFORE_DECODE,),
+        (on.BREAKPOINT_BEFORE_DECODE,),
         "x86.c:x86_emulate_instruction, kvm_vcpu_check_code_breakpoint",
         "G7",
     ),
@@ -225,7 +194,7 @@ FIXES: Final = (
         "75ee23b30dc7",
         "v6.1",
         "livelock",
-        (NO_SINGLESTEP_ON_FAULT,),
+        (on.NO_SINGLESTEP_ON_FAULT,),
         "x86.c:x86_emulate_instruction",
         "G8",
     ),
@@ -235,7 +204,7 @@ FIXES: Final = (
         "b5a02d37eb07",
         "v6.1",
         "lifetime",
-        (MMIO_SCRATCH,),
+        (on.MMIO_SCRATCH,),
         "x86.c:emulator_read_write_onepage, complete_emulated_mmio",
         "G9",
     ),
@@ -245,7 +214,7 @@ FIXES: Final = (
         "17122c06b86c",
         "v6.1",
         "architecture",
-        (SKIP_FAILS_ON_EXCEPTION,),
+        (on.SKIP_FAILS_ON_EXCEPTION,),
         "x86.c:x86_emulate_instruction",
         "G10",
     ),
@@ -255,7 +224,7 @@ FIXES: Final = (
         "d9092f52d7e6",
         "v6.1",
         "warn",
-        (MEMOPP_CHECK,),
+        (on.MEMOPP_CHECK,),
         "emulate.c:x86_decode_insn",
         "G1",
     ),
@@ -265,7 +234,7 @@ FIXES: Final = (
         "234f3ce485d5",
         "v6.1",
         "emulator",
-        (EIP_CHECK,),
+        (on.EIP_CHECK,),
         "emulate.c:assign_eip_near",
         "G2",
     ),
@@ -275,7 +244,7 @@ FIXES: Final = (
         "33ab91103b34",
         "v6.1",
         "emulator",
-        (NULL_SS,),
+        (on.NULL_SS,),
         "emulate.c:__load_segment_descriptor, load_segment_descriptor",
         "G3",
     ),
@@ -285,7 +254,7 @@ FIXES: Final = (
         "3c9fa24ca7c9",
         "v6.1",
         "emulator",
-        (STD_USER_ACCESS,),
+        (on.STD_USER_ACCESS,),
         "emulate.c:segmented_read_std, segmented_write_std",
         "G4",
     ),
@@ -295,7 +264,7 @@ FIXES: Final = (
         "f3747379accb",
         "v6.1",
         "emulator",
-        (SYSENTER_CS,),
+        (on.SYSENTER_CS,),
         "emulate.c:em_sysenter",
         "G6",
     ),
@@ -305,7 +274,7 @@ FIXES: Final = (
         "daea3e73cb4a",
         "v6.1",
         "emulator",
-        (LOCKED_ATOMIC,),
+        (on.LOCKED_ATOMIC,),
         "emulate.c:writeback; x86.c:emulator_cmpxchg_emulated",
         "G11",
     ),
@@ -315,7 +284,7 @@ FIXES: Final = (
         "428e3d08574b",
         "v6.1",
         "emulator",
-        (REP_ZERO_QUIRK,),
+        (on.REP_ZERO_QUIRK,),
         "emulate.c:string_registers_quirk",
         "G12",
     ),
@@ -325,7 +294,7 @@ FIXES: Final = (
         "03f6298c7cf6",
         "v6.9",
         BENIGN,
-        (MOVBE66,),
+        (on.MOVBE66,),
         "emulate.c:three_byte_0f_38_f0, three_byte_0f_38_f1",
     ),
     Fix(
@@ -334,7 +303,7 @@ FIXES: Final = (
         "0735d1c34e49",
         "v6.8",
         "emulator",
-        (SEGMENT_PRIVILEGE,),
+        (on.SEGMENT_PRIVILEGE,),
         "emulate.c:__load_segment_descriptor",
     ),
     Fix(
@@ -343,7 +312,7 @@ FIXES: Final = (
         "6aa5c47c351b",
         "v6.1",
         "emulator",
-        (POP_SS_SHADOW,),
+        (on.POP_SS_SHADOW,),
         "emulate.c:em_pop_sreg",
     ),
 )

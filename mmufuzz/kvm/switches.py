@@ -1,39 +1,39 @@
-"""The behaviours of ``kvm.fixes`` as the model asks for them."""
+"""The behaviours that differ between kernels: their names, and as the model asks for them."""
 
 from __future__ import annotations
 
-from mmufuzz.kvm.fixes import (
-    BARRIER_ACCOUNT,
-    BARRIER_EMULATOR,
-    BREAKPOINT_BEFORE_DECODE,
-    DUMMY_ROOT,
-    EIP_CHECK,
-    LOCKED_ATOMIC,
-    MEMOPP_CHECK,
-    MMIO_SCRATCH,
-    MOVBE66,
-    NO_SINGLESTEP_ON_FAULT,
-    NULL_SS,
-    POP_SS_SHADOW,
-    REEXECUTE_FLAG_ONLY,
-    REEXECUTE_LOCKLESS,
-    REEXECUTE_ONE_PATH,
-    REEXECUTE_OPT_IN,
-    REP_ZERO_QUIRK,
-    RETRY_CHECK,
-    RETRY_RECORD_FAILURE,
-    RETRY_RECORD_FAULT,
-    RETRY_REWRITE,
-    SEGMENT_PRIVILEGE,
-    SELF_CHANGE_IN_FETCH,
-    SKIP_FAILS_ON_EXCEPTION,
-    STD_USER_ACCESS,
-    SYSENTER_CS,
-    TRACK_DIRECT_CALL,
-    UNPROTECT_IFF_ZAPPED,
-    USER_FAILURE_IS_UD,
-    WRITE_PF_TO_SP,
-)
+from typing import Final
+
+REEXECUTE_LOCKLESS: Final = "reexecute-lockless"
+REEXECUTE_ONE_PATH: Final = "reexecute-one-path"
+REEXECUTE_FLAG_ONLY: Final = "reexecute-flag-only"
+BARRIER_EMULATOR: Final = "track-write-barrier.emulator"
+BARRIER_ACCOUNT: Final = "track-write-barrier.account"
+RETRY_REWRITE: Final = "retry-rewrite"
+RETRY_CHECK: Final = "retry-guard.check"
+RETRY_RECORD_FAULT: Final = "retry-guard.fault"
+RETRY_RECORD_FAILURE: Final = "retry-guard.failure"
+UNPROTECT_IFF_ZAPPED: Final = "skip-emulation-iff-unprotected"
+WRITE_PF_TO_SP: Final = "write-pf-to-sp"
+REEXECUTE_OPT_IN: Final = "reexecute-opt-in"
+SELF_CHANGE_IN_FETCH: Final = "self-change-in-fetch"
+TRACK_DIRECT_CALL: Final = "page-track-direct-call"
+DUMMY_ROOT: Final = "dummy-root"
+USER_FAILURE_IS_UD: Final = "user-failure-is-ud"
+BREAKPOINT_BEFORE_DECODE: Final = "breakpoint-before-decode"
+NO_SINGLESTEP_ON_FAULT: Final = "no-singlestep-on-fault"
+MMIO_SCRATCH: Final = "mmio-scratch"
+SKIP_FAILS_ON_EXCEPTION: Final = "skip-fails-on-exception"
+MEMOPP_CHECK: Final = "emulator.memopp-check"
+EIP_CHECK: Final = "emulator.eip-check"
+NULL_SS: Final = "emulator.null-ss"
+STD_USER_ACCESS: Final = "emulator.std-user-access"
+SYSENTER_CS: Final = "emulator.sysenter-cs"
+LOCKED_ATOMIC: Final = "emulator.locked-atomic"
+REP_ZERO_QUIRK: Final = "emulator.rep-zero-quirk"
+MOVBE66: Final = "emulator.movbe66"
+SEGMENT_PRIVILEGE: Final = "emulator.segment-privilege"
+POP_SS_SHADOW: Final = "emulator.pop-ss-shadow"
 
 
 class Fixes:

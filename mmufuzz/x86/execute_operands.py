@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.x86 import alu
+from mmufuzz.x86 import alu, paging
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.insn import CS, FS, HIGH8, IMM, NO_REG, REG, RIP, SS, TR, Insn, Operand
 from mmufuzz.x86.segments import table_address
@@ -36,7 +36,6 @@ RDI: Final = 7
 MASK32: Final = 0xFFFFFFFF
 MASK64: Final = 0xFFFFFFFFFFFFFFFF
 
-_CR4_LA57: Final = 1 << 12
 _LOW_HALF_END: Final = 1 << 47
 
 
@@ -102,10 +101,7 @@ def is_canonical(regs: Regs, address: int) -> bool:
     """True if bits 63..47 (63..56 with CR4.LA57) of ``address`` are equal; always true outside long mode."""
     if address < _LOW_HALF_END or not regs.long_mode:
         return True
-    if regs.cr4 & _CR4_LA57:
-        top = address >> 56
-        return top in (0, 0xFF)
-    return address >> 47 == 0x1FFFF
+    return paging.is_canonical(address, 57 if regs.cr4 & paging.CR4_LA57 else 48)
 
 
 def check_canonical(regs: Regs, address: int, size: int, stack: bool) -> None:

@@ -7,67 +7,30 @@ from itertools import pairwise
 import pytest
 
 from mmufuzz.case.error import CaseError
-from mmufuzz.kvm.fixes import (
-    BARRIER_ACCOUNT,
-    BARRIER_EMULATOR,
-    BENIGN,
-    BREAKPOINT_BEFORE_DECODE,
-    DUMMY_ROOT,
-    EIP_CHECK,
-    FIXES,
-    KERNELS,
-    LATEST,
-    LOCKED_ATOMIC,
-    MEMOPP_CHECK,
-    MMIO_SCRATCH,
-    MOVBE66,
-    NO_SINGLESTEP_ON_FAULT,
-    NULL_SS,
-    POP_SS_SHADOW,
-    REEXECUTE_FLAG_ONLY,
-    REEXECUTE_LOCKLESS,
-    REEXECUTE_ONE_PATH,
-    REEXECUTE_OPT_IN,
-    REP_ZERO_QUIRK,
-    RETRY_CHECK,
-    RETRY_RECORD_FAILURE,
-    RETRY_RECORD_FAULT,
-    RETRY_REWRITE,
-    SEGMENT_PRIVILEGE,
-    SELF_CHANGE_IN_FETCH,
-    SKIP_FAILS_ON_EXCEPTION,
-    STD_USER_ACCESS,
-    SYSENTER_CS,
-    TRACK_DIRECT_CALL,
-    UNPROTECT_IFF_ZAPPED,
-    USER_FAILURE_IS_UD,
-    WRITE_PF_TO_SP,
-    behaviours,
-    find,
-)
-from mmufuzz.kvm.switches import Fixes
+from mmufuzz.kvm import switches as on
+from mmufuzz.kvm.fixes import BENIGN, FIXES, KERNELS, LATEST, behaviours, find
 
 V6_1 = {
-    WRITE_PF_TO_SP,
-    REEXECUTE_OPT_IN,
-    USER_FAILURE_IS_UD,
-    BREAKPOINT_BEFORE_DECODE,
-    NO_SINGLESTEP_ON_FAULT,
-    MMIO_SCRATCH,
-    SKIP_FAILS_ON_EXCEPTION,
-    MEMOPP_CHECK,
-    EIP_CHECK,
-    NULL_SS,
-    STD_USER_ACCESS,
-    SYSENTER_CS,
-    LOCKED_ATOMIC,
-    REP_ZERO_QUIRK,
-    POP_SS_SHADOW,
+    on.WRITE_PF_TO_SP,
+    on.REEXECUTE_OPT_IN,
+    on.USER_FAILURE_IS_UD,
+    on.BREAKPOINT_BEFORE_DECODE,
+    on.NO_SINGLESTEP_ON_FAULT,
+    on.MMIO_SCRATCH,
+    on.SKIP_FAILS_ON_EXCEPTION,
+    on.MEMOPP_CHECK,
+    on.EIP_CHECK,
+    on.NULL_SS,
+    on.STD_USER_ACCESS,
+    on.SYSENTER_CS,
+    on.LOCKED_ATOMIC,
+    on.REP_ZERO_QUIRK,
+    on.POP_SS_SHADOW,
 }
-V6_8 = V6_1 | {SELF_CHANGE_IN_FETCH, TRACK_DIRECT_CALL, DUMMY_ROOT, SEGMENT_PRIVILEGE}
-V6_9 = V6_8 | {REEXECUTE_LOCKLESS, REEXECUTE_ONE_PATH, REEXECUTE_FLAG_ONLY, MOVBE66}
-GUARD = {RETRY_CHECK, RETRY_RECORD_FAULT, RETRY_RECORD_FAILURE}
-V6_12 = V6_9 | GUARD | {BARRIER_EMULATOR, BARRIER_ACCOUNT, UNPROTECT_IFF_ZAPPED, RETRY_REWRITE}
+V6_8 = V6_1 | {on.SELF_CHANGE_IN_FETCH, on.TRACK_DIRECT_CALL, on.DUMMY_ROOT, on.SEGMENT_PRIVILEGE}
+V6_9 = V6_8 | {on.REEXECUTE_LOCKLESS, on.REEXECUTE_ONE_PATH, on.REEXECUTE_FLAG_ONLY, on.MOVBE66}
+GUARD = {on.RETRY_CHECK, on.RETRY_RECORD_FAULT, on.RETRY_RECORD_FAILURE}
+V6_12 = V6_9 | GUARD | {on.BARRIER_EMULATOR, on.BARRIER_ACCOUNT, on.UNPROTECT_IFF_ZAPPED, on.RETRY_REWRITE}
 
 
 @pytest.mark.parametrize(
@@ -101,11 +64,11 @@ def test_a_fix_says_what_it_is_and_where(fix: object) -> None:
 
 def test_a_fix_can_be_named_by_its_entry_in_the_zoo() -> None:
     assert find("H1") is find("track-write-barrier") is find("h1")
-    assert behaviours("v6.12", ("H1",), ()) == V6_12 - {BARRIER_EMULATOR, BARRIER_ACCOUNT}
+    assert behaviours("v6.12", ("H1",), ()) == V6_12 - {on.BARRIER_EMULATOR, on.BARRIER_ACCOUNT}
 
 
 def test_one_half_of_the_barrier_can_be_applied_to_an_old_kernel() -> None:
-    assert behaviours("v6.9", (), ("track-write-barrier.account",)) == V6_9 | {BARRIER_ACCOUNT}
+    assert behaviours("v6.9", (), ("track-write-barrier.account",)) == V6_9 | {on.BARRIER_ACCOUNT}
 
 
 def test_a_revert_gives_way_to_an_apply() -> None:
@@ -125,9 +88,9 @@ def test_an_unknown_fix_is_an_error(revert: tuple[str, ...], apply: tuple[str, .
 
 
 def test_the_switches_of_the_model_follow_the_behaviours() -> None:
-    on = Fixes(frozenset(V6_12))
-    off = Fixes(frozenset())
+    having = on.Fixes(frozenset(V6_12))
+    lacking = on.Fixes(frozenset())
     # Not vars(): in the compiled core the attributes are in a struct.
-    names = [name for name in dir(on) if not name.startswith("_")]
-    assert all(getattr(on, name) for name in names) and not any(getattr(off, name) for name in names)
+    names = [name for name in dir(having) if not name.startswith("_")]
+    assert all(getattr(having, name) for name in names) and not any(getattr(lacking, name) for name in names)
     assert len(names) == len(V6_12)
