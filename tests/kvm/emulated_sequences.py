@@ -226,6 +226,8 @@ class Comparer:
         done = 0
         while done < length:
             done += self.instruction()
+        self.ours.log.clear()
+        self.theirs.log.clear()
 
     def instruction(self) -> bool:
         """One random instruction; False if it is not emulated, or has no model to compare with."""
