@@ -136,7 +136,11 @@ def first_byte(made: Comparison) -> Comparison | None:
     after = made.after.copy()
     regs.cr4 ^= CR4_LA57
     after.cr4 ^= CR4_LA57
-    return translated(made, insn, regs, after, made.accesses)
+    other = translated(made, insn, regs, after, made.accesses)
+    if made.repeated and segment_fault(made):
+        # The repetition goes on, to an element of which not even the first byte is canonical.
+        return expecting(other, other.expected, FAULT)
+    return other
 
 
 def _straddles(accesses: list[Access], end: int) -> bool:

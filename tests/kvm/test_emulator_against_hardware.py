@@ -194,6 +194,11 @@ def _straddling_57_bits(regs: Regs, bus: Memory) -> None:
     regs.gpr[RAX] = (1 << 56) - 4
 
 
+def _straddling_in_a_repetition(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RCX] = 3
+    regs.gpr[RSI] = (1 << 47) - 3
+
+
 def _stack_page_ends(regs: Regs, bus: Memory) -> None:
     regs.gpr[RSP] = 0x1008
     bus.deny(0, 0x1000)
@@ -347,6 +352,7 @@ def _wrapping_destination(regs: Regs, bus: Memory) -> None:
         ("ins-read-ahead", Shown(32, "f3676d", _wrapping_destination)),
         ("far-call", Shown(64, "ff18", _marked_before_the_push)),
         ("canonical-first-byte", Shown(64, "488b00", _straddling_57_bits)),
+        ("canonical-first-byte", Shown(64, "f3ad", _straddling_in_a_repetition)),
     ],
 )
 def test_a_deviation_shows_in_other_ways_too(name: str, shown: Shown) -> None:
