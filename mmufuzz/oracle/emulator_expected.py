@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.kvm.emulate_ctxt import PORT, WRITE
+from mmufuzz.kvm.emulate_ctxt import PORT, WRITE, Access
 from mmufuzz.kvm.opcode_table import MMX
 from mmufuzz.oracle.emulator_compare import (
     ADDRESS,
@@ -227,19 +227,20 @@ def read_ahead(made: Comparison) -> Comparison | None:
     return _piece_fault(made) if made.emulated_vector >= 0 else _piece_wraps(made)
 
 
-def _stored(made: Comparison) -> int:
-    """Elements that have been stored."""
-    return sum(access.size for access in made.bus.writes) // made.decoded.op_bytes
+def _read_from_port(made: Comparison) -> list[Access]:
+    return [access for access in made.accesses if access.kind == PORT]
 
 
 def _piece_fault(made: Comparison) -> Comparison | None:
     """Hardware stores some elements of the piece that faults."""
-    insn = made.decoded
-    size = insn.op_bytes
-    mask = alu.mask(insn.ad_bytes)
-    ports = sum(1 for access in made.accesses if access.size == size and access.kind == PORT)
+    mask = alu.mask(made.decoded.ad_bytes)
+    ports = _read_from_port(made)
+    if not ports or made.emulated_vector not in (VECTOR_PF, VECTOR_GP, VECTOR_SS):
+        return None
+    size = ports[0].size
+    stored = sum(write.size for write in made.bus.writes) // size
     ahead = made.after.gpr[RCX] - made.expected.gpr[RCX] & mask
-    if made.emulated_vector not in (VECTOR_PF, VECTOR_GP, VECTOR_SS) or not 0 < ahead <= ports - _stored(made):
+    if not 0 < ahead <= len(ports) - stored:
         return None
     executed = {store.gva: store.value for store in made.bus.stores}
     for write in made.bus.writes:
@@ -257,9 +258,9 @@ def _piece_fault(made: Comparison) -> Comparison | None:
 def _piece_wraps(made: Comparison) -> Comparison | None:
     """A piece runs past the width of the address: element by element it would go on at the beginning."""
     insn = made.decoded
-    size = insn.op_bytes
     mask = alu.mask(insn.ad_bytes)
-    values = [access.value for access in made.accesses if access.kind == PORT]
+    values = [access.value for access in _read_from_port(made)]
+    size = _read_from_port(made)[0].size if values else 0
     regs = made.origin()
     base = made.origin().segments[0].base if not made.mode64 else 0
     start = regs.gpr[RDI] & mask

@@ -114,9 +114,9 @@ def far_call(made: Comparison) -> Comparison | None:
 def _interrupt(made: Comparison) -> Comparison | None:
     """INT in real mode: three pushes of the operand size, whatever the limit of the IDT is."""
     insn = made.decoded
-    regs = made.origin()
-    if insn.name not in ("int", "int3", "into") or not regs.real_mode:
+    if insn.name not in ("int", "int3", "into") or not made.after.real_mode:
         return None
+    regs = made.origin()
     if made.fault is not None and not (_stack_fault(made) or made.emulated_vector == VECTOR_PF):
         return None
     vector = VECTOR_BP if insn.name == "int3" else VECTOR_OF if insn.name == "into" else insn.imm & 0xFF
@@ -156,10 +156,9 @@ def interrupt_stores(made: Comparison) -> Comparison | None:
 
 def iret_order(made: Comparison) -> Comparison | None:
     """IRET in real mode: #GP(0) for an offset above FFFF before CS and the flags are read."""
-    regs = made.origin()
     fault = made.fault
-    if made.decoded.name != "iret" or not regs.real_mode or fault is None or len(made.accesses) != 1:
+    if made.decoded.name != "iret" or not made.after.real_mode or fault is None or len(made.accesses) != 1:
         return None
     if (fault.vector, fault.error_code) != (VECTOR_GP, 0) or made.accesses[0].value <= 0xFFFF:
         return None
-    return expecting(made, regs, FAULT)
+    return expecting(made, made.origin(), FAULT)

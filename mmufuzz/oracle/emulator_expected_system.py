@@ -127,10 +127,10 @@ def first_byte(made: Comparison) -> Comparison | None:
     stand for that of 57 bits, so that of such an access only the fault is expected, which its second page gives.
     """
     insn = made.insn
-    regs = made.origin()
-    wide = regs.cr4 & CR4_LA57 != 0
+    wide = made.after.cr4 & CR4_LA57 != 0
     if insn is None or not made.mode64 or not _straddles(made.accesses, 1 << (56 if wide else 47)):
         return None
+    regs = made.origin()
     if wide:
         return expecting(made, regs, FAULT) if made.emulated_vector >= 0 else None
     after = made.after.copy()

@@ -350,6 +350,7 @@ def _wrapping_destination(regs: Regs, bus: Memory) -> None:
     ("name", "shown"),
     [
         ("ins-read-ahead", Shown(32, "f3676d", _wrapping_destination)),
+        ("ins-read-ahead", Shown(64, "f3486d", _read_ahead_over_a_page)),
         ("far-call", Shown(64, "ff18", _marked_before_the_push)),
         ("canonical-first-byte", Shown(64, "488b00", _straddling_57_bits)),
         ("canonical-first-byte", Shown(64, "f3ad", _straddling_in_a_repetition)),
