@@ -51,8 +51,8 @@ class Observer:
     def vm_entry_failed(self, vcpu: int) -> None:
         """The CPU refuses to inject an interrupt where none can be taken."""
 
-    def guest_shutdown(self, vcpu: int) -> None:
-        """A triple fault ends the guest, and what was queued for it."""
+    def events_ended(self, vcpu: int) -> None:
+        """A triple fault, or a task switch that failed, ends what was queued for the guest."""
 
     def temporary_used(self, vcpu: int, site: str) -> None:
         """Kernel function ``site`` reads a local variable of a function that has returned."""

@@ -249,7 +249,7 @@ def service_requests(vcpu: Vcpu) -> bool:
 def exit_shutdown(vcpu: Vcpu) -> int:
     """KVM_EXIT_SHUTDOWN; the modelled userspace lets the guest go on at its next step, in place of a reset."""
     vcpu.kvm.mark("exit_userspace.shutdown")
-    vcpu.kvm.observer.guest_shutdown(vcpu.index)
+    vcpu.kvm.observer.events_ended(vcpu.index)
     kvm_clear_exception_queue(vcpu)
     vcpu.interrupt = None
     vcpu.mmio.needed = False
@@ -307,7 +307,8 @@ def handle_exit(vcpu: Vcpu, vmexit: VmExit) -> int:
     elif reason == EXIT_TRIPLE_FAULT:
         return exit_shutdown(vcpu)
     elif reason == EXIT_TASK_SWITCH:
-        # kvm_task_switch is not modelled; what KVM does where it fails.
+        # kvm_task_switch, which takes the event over, is not modelled; what KVM does where it fails.
+        vcpu.kvm.observer.events_ended(vcpu.index)
         vcpu.userspace_exits.append("internal-error")
         vcpu.skip_step = True
         return EXIT_TO_USERSPACE

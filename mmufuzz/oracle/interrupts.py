@@ -15,7 +15,7 @@ class Interrupts:
     """Remembers, for each vCPU, the vector that KVM owes the guest.
 
     An exception that the delivery itself raises replaces the interrupt, on hardware too (SDM vol. 3, 6.15: it is
-    benign), and a shutdown ends everything.
+    benign), and a shutdown ends everything, as does a task switch that failed.
     """
 
     def __init__(self, kvm: Kvm, sink: Sink) -> None:
@@ -51,7 +51,7 @@ class Interrupts:
         self.begun[index] = True
 
     def delivered(self, index: int) -> None:
-        """``Observer.interrupt_delivered``."""
+        """``Observer.interrupt_delivered``, ``Observer.events_ended``: nothing is owed any more."""
         self.owed[index] = _NONE
         self.begun[index] = False
 
@@ -65,10 +65,6 @@ class Interrupts:
         """``Observer.guest_exception``."""
         if self.begun[index]:
             self.delivered(index)
-
-    def guest_shutdown(self, index: int) -> None:
-        """``Observer.guest_shutdown``."""
-        self.delivered(index)
 
     def vm_entered(self, index: int) -> None:
         """``Observer.vm_entered``: nothing is forgotten, and what userspace still has will find its way."""

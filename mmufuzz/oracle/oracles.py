@@ -89,9 +89,9 @@ class GuestObserver(Observer):
         """Interrupts."""
         self.interrupts.vm_entry_failed(vcpu)
 
-    def guest_shutdown(self, vcpu: int) -> None:
+    def events_ended(self, vcpu: int) -> None:
         """Interrupts."""
-        self.interrupts.guest_shutdown(vcpu)
+        self.interrupts.delivered(vcpu)
 
     def temporary_used(self, vcpu: int, site: str) -> None:
         """Lifetime."""

@@ -155,6 +155,17 @@ def test_32_bit_code_takes_interrupts_too() -> None:
     assert m.reg("rdx") == 1
 
 
+def test_a_task_gate_ends_in_an_internal_error_and_takes_the_interrupt_with_it() -> None:
+    tables = Tables().set(SYSTEM, 62, 0xFFF | gva(SYSTEM) << 16).set(SYSTEM, 64, 0xFFF | (gva(SYSTEM) + 0x400) << 16)
+    tables.set(SYSTEM, 0x400 // 8 + IRQ, 0x85 << 40)
+    steps = ("lidt [ebp + 16]", "sti", "nop", "nop", "nop")
+    case = machine(tables, flat32(*steps, rsp=TOP, rbp=gva(SYSTEM, 62)), host=(RAISE,)).case
+    outcome = run_case(case)
+    assert outcome.findings == []
+    assert outcome.userspace == (("internal-error",),)
+    assert outcome.exits["task-switch"] == 1
+
+
 class Entries(Observer):
     """Counts what it is told of VM entries."""
 

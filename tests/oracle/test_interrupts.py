@@ -117,10 +117,10 @@ def test_an_interrupt_taken_while_an_instruction_waits_for_its_answer_is_told_ap
     assert what == LOST + " (taken with an instruction to be completed)"
 
 
-def test_a_shutdown_ends_what_was_queued() -> None:
+def test_a_shutdown_or_a_failed_task_switch_ends_what_was_queued() -> None:
     m, observer = queued()
     m.kvm.vcpus[0].interrupt = None
-    observer.guest_shutdown(0)
+    observer.events_ended(0)
     observer.vm_entered(0)
     assert m.found == []
 
