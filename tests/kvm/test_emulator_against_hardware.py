@@ -292,6 +292,23 @@ def _stack_that_wraps(regs: Regs, bus: Memory) -> None:
     bus.poke(GDT + 8, 8, 0x00CF9B000000FFFF)
 
 
+def _local_table_and_selector_in_memory(regs: Regs, bus: Memory) -> None:
+    _local_table(regs, bus)
+    regs.gpr[RAX] = DATA
+    bus.poke(DATA, 2, 0xC)
+
+
+def _absent_local_table(regs: Regs, bus: Memory) -> None:
+    _local_table(regs, bus)
+    bus.poke(DATA + 8, 8, 0x00000200_3000_00FF)
+
+
+def _stack_above_4_gib(regs: Regs, bus: Memory) -> None:
+    """A far pointer to 32-bit code, whose pushes do not see the upper half of RSP."""
+    _stack_that_wraps(regs, bus)
+    regs.gpr[RSP] = 1 << 32 | 0x2000
+
+
 SHOWN: dict[str, Shown] = {
     "tzcnt": Shown(64, "f30fbdc1", _four_trailing_zeros),
     "bsf-zero": Shown(64, "0fbcc1", _old_value),
@@ -352,6 +369,10 @@ def _wrapping_destination(regs: Regs, bus: Memory) -> None:
         ("ins-read-ahead", Shown(32, "f3676d", _wrapping_destination)),
         ("ins-read-ahead", Shown(64, "f3486d", _read_ahead_over_a_page)),
         ("far-call", Shown(64, "ff18", _marked_before_the_push)),
+        ("far-call", Shown(64, "ff18", _stack_above_4_gib)),
+        ("far-call", Shown(16, "9a00000000", _second_push_faults)),
+        ("lldt-local", Shown(64, "0f0010", _local_table_and_selector_in_memory)),
+        ("lldt-local", Shown(64, "0f00d0", _absent_local_table)),
         ("canonical-first-byte", Shown(64, "488b00", _straddling_57_bits)),
         ("canonical-first-byte", Shown(64, "f3ad", _straddling_in_a_repetition)),
     ],
