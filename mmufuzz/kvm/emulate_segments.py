@@ -110,7 +110,8 @@ def _read_segment_descriptor(ctxt: X86EmulateCtxt, selector: int) -> Descriptor:
         ldt = regs.segments[LDTR]
         usable = not ldt.rights & RIGHTS_UNUSABLE
         base = ldt.base if usable else 0
-        limit = ldt.limit if usable else 0
+        # struct desc_ptr has 16 bits for it.
+        limit = ldt.limit & 0xFFFF if usable else 0
     place = selector >> 3 << 3
     if limit < place + 7:
         raise Fault(VECTOR_GP, selector & 0xFFFC)

@@ -107,6 +107,9 @@ DEVIATIONS: Final[list[Deviation]] = [
         "__load_segment_descriptor",
         system.null_ss,
     ),
+    Deviation(
+        "local-limit", "of the limit of the LDT the low 16 bits count", "get_descriptor_table_ptr", system.local_limit
+    ),
     Deviation("lldt-local", "LLDT takes a selector of the LDT", "__load_segment_descriptor", system.lldt_local),
     Deviation(
         "ltr-error",
@@ -185,9 +188,7 @@ DEVIATIONS: Final[list[Deviation]] = [
         "__linearize",
         system.wrap,
     ),
-    Deviation(
-        "sti-shadow", "STI with IF set casts an interrupt shadow all the same", "em_sti", results.sti_shadow
-    ),
+    Deviation("sti-shadow", "STI with IF set casts an interrupt shadow all the same", "em_sti", results.sti_shadow),
     Deviation("pause-rex", "PAUSE with REX.B exchanges R8 with rAX", "x86_emulate_insn", results.pause_rex),
 ]
 

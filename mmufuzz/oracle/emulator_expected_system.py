@@ -223,6 +223,19 @@ def _selector(made: Comparison, insn: Insn) -> int:
     return made.accesses[0].value & 0xFFFF if made.accesses and made.accesses[0].value >= 0 else -1
 
 
+def local_limit(made: Comparison) -> Comparison | None:
+    """A selector of an LDT of more than 64 KiB: as if its limit were the low 16 bits of it."""
+    insn = made.insn
+    if insn is None or made.after.segments[LDTR].limit <= 0xFFFF or made.emulated_vector != VECTOR_GP:
+        return None
+    regs = made.origin()
+    after = made.after.copy()
+    limit = regs.segments[LDTR].limit & ~0xFFFF
+    regs.segments[LDTR].limit -= limit
+    after.segments[LDTR].limit -= limit
+    return translated(made, insn, regs, after, made.accesses)
+
+
 def ltr_error(made: Comparison) -> Comparison | None:
     """LTR of a selector of the LDT: #GP(0)."""
     insn = made.insn
@@ -247,7 +260,7 @@ def lldt_local(made: Comparison) -> Comparison | None:
     usable = not table.rights & RIGHTS_UNUSABLE
     substitute = (selector | 7) + 1 | selector & 3
     base = (table.base if usable else 0) - 8 - regs.gdt_base
-    limit = (table.limit if usable else 0) + 8 - regs.gdt_limit
+    limit = (table.limit & 0xFFFF if usable else 0) + 8 - regs.gdt_limit
     for each in (regs, after):
         each.gdt_base = each.gdt_base + base & MASK64
         each.gdt_limit += limit

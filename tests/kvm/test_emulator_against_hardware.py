@@ -248,6 +248,12 @@ def _local_table(regs: Regs, bus: Memory) -> None:
     bus.poke(DATA + 8, 16, 0x00008200_3000_00FF)
 
 
+def _large_local_table(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RAX] = 0xC
+    regs.segments[LDTR] = Segment(0x80, DATA, 0x10007, 0x82)
+    bus.poke(DATA + 8, 8, 0x00CF93000000FFFF)
+
+
 def _table_that_ends_in_the_descriptor(regs: Regs, bus: Memory) -> None:
     regs.gpr[RAX] = 0xF8
     bus.poke(GDT + 0xF8, 16, 0x00008200_3000_00FF)
@@ -325,6 +331,7 @@ SHOWN: dict[str, Shown] = {
     "canonical-first-byte": Shown(64, "488b00", _straddling),
     "write-check": Shown(32, "2e0108", _page_is_absent),
     "null-ss": Shown(64, "8ed0", _null),
+    "local-limit": Shown(64, "8ed8", _large_local_table),
     "lldt-local": Shown(64, "0f00d0", _local_table),
     "ltr-error": Shown(64, "0f00d8", _local_selector),
     "system-limit": Shown(64, "0f00d0", _table_that_ends_in_the_descriptor),
