@@ -6,7 +6,7 @@ from mmufuzz.kvm.emulate_ctxt import CMPXCHG, READ, SYSTEM, WRITE, Access
 from mmufuzz.kvm.opcode_table import OP_IMM_FAR
 from mmufuzz.oracle.emulator_compare import FAULT, MEMORY, Comparison, expecting
 from mmufuzz.x86 import alu
-from mmufuzz.x86.execute_operands import MASK32, MASK64, RSP
+from mmufuzz.x86.execute_operands import MASK32, MASK64, RSP, is_canonical
 from mmufuzz.x86.insn import CS, SS
 from mmufuzz.x86.segments import Descriptor
 from mmufuzz.x86.state import (
@@ -77,10 +77,14 @@ def _far_pointer(made: Comparison) -> tuple[int, int]:
 
 
 def far_call(made: Comparison) -> Comparison | None:
-    """Far CALL: CS is loaded, its descriptor accessed, before the pushes, which have the width of the new code."""
+    """Far CALL: CS is loaded, its descriptor accessed, before the offset is checked and before the pushes.
+
+    The pushes have the width of the new code.
+    """
     insn = made.decoded
     selector, offset = _far_pointer(made) if insn.name == "callf" else (-1, 0)
-    if selector < 0 or (made.fault is not None and not _stack_fault(made)):
+    refused = made.fault is not None and (made.emulated_vector, made.fault.error_code) == (VECTOR_GP, 0)
+    if selector < 0 or (made.fault is not None and not refused and not _stack_fault(made)):
         return None
     regs = made.origin()
     writes: list[Access] = []
@@ -97,14 +101,19 @@ def far_call(made: Comparison) -> Comparison | None:
         rights = descriptor.rights | 1
         target = Segment(selector & 0xFFFC | regs.cpl, descriptor.base, descriptor.limit, rights)
     mask = MASK32 if regs.segments[SS].rights & RIGHTS_DB else 0xFFFF
-    if regs.efer & EFER_LMA and target.rights & RIGHTS_L:
+    wide = regs.efer & EFER_LMA != 0 and target.rights & RIGHTS_L != 0
+    if wide:
         mask = MASK64
+    if refused and (is_canonical(regs, offset) if wide else offset <= target.limit):
+        return None
     stack = _Pushes(regs, mask)
-    stack.push(insn.op_bytes, code.selector)
-    stack.push(insn.op_bytes, made.start + insn.length)
+    if not refused:
+        stack.push(insn.op_bytes, code.selector)
+        stack.push(insn.op_bytes, made.start + insn.length)
     if not _made_writes(made, writes + stack.writes):
         return None
     if made.fault is None:
+        regs.shadow = 0
         regs.segments[CS] = target
         regs.gpr[RSP] = stack.rsp
         regs.rip = offset
@@ -132,6 +141,7 @@ def _interrupt(made: Comparison) -> Comparison | None:
         if entry not in read or entry + 2 not in read:
             return None
         code = regs.segments[CS]
+        regs.shadow = 0
         regs.segments[CS] = Segment(read[entry + 2], read[entry + 2] << 4, code.limit, code.rights)
         regs.rip = read[entry]
         regs.rflags &= ~(FLAG_IF | FLAG_TF | FLAG_AC)

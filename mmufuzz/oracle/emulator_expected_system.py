@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from mmufuzz.kvm.emulate_ctxt import CMPXCHG, READ, SYSTEM, Access
-from mmufuzz.kvm.opcode_table import MOV, NO_WRITE
+from mmufuzz.kvm.opcode_table import MOV, NO_WRITE, PRIV
 from mmufuzz.oracle.emulator_compare import (
     ADDRESS,
     ERROR_CODE,
@@ -76,14 +76,14 @@ def selector_width(made: Comparison) -> Comparison | None:
 
 def control_order(made: Comparison) -> Comparison | None:
     """#GP(0) for the privilege, or for a wide value of DR6 and DR7, where hardware has another exception first."""
-    name = made.decoded.name
-    if not name.startswith(("movcr.", "movdr.")) or not segment_fault(made) or made.emulated_vector != VECTOR_GP:
+    insn = made.decoded
+    if not segment_fault(made) or made.emulated_vector != VECTOR_GP:
         return None
-    wide = name == "movdr.write" and made.decoded.modrm_reg in (6, 7) and made.gpr[made.decoded.modrm_rm] > MASK32
+    wide = insn.name == "movdr.write" and insn.modrm_reg in (6, 7) and made.gpr[insn.modrm_rm] > MASK32
     if made.expected_vector == VECTOR_DB:
         refused = wide
     else:
-        refused = made.expected_vector == VECTOR_UD and (made.origin().cpl != 0 or wide)
+        refused = made.expected_vector == VECTOR_UD and (wide or (insn.d & PRIV != 0 and made.origin().cpl != 0))
     return expecting(made, made.origin(), FAULT) if refused else None
 
 

@@ -24,7 +24,7 @@ from mmufuzz.x86.flat_registers import initial_registers
 from mmufuzz.x86.insn import DS, LDTR, SS
 from mmufuzz.x86.paging import CR4_LA57
 from mmufuzz.x86.segments import install
-from mmufuzz.x86.state import CR4_DE, FLAG_DF, VECTOR_NM, VECTOR_PF, Fault, Regs, Segment
+from mmufuzz.x86.state import CR4_DE, FLAG_DF, SHADOW_STI, VECTOR_NM, VECTOR_PF, Fault, Regs, Segment
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 BITS = pytest.mark.parametrize("bits", [64, 32, 16])
@@ -220,6 +220,11 @@ def _no_interrupt_table(regs: Regs, bus: Memory) -> None:
     regs.idt_limit = 0x83
 
 
+def _shadow_and_no_interrupt_table(regs: Regs, bus: Memory) -> None:
+    regs.shadow = SHADOW_STI
+    regs.idt_limit = 0x83
+
+
 def _offset_beyond_the_limit(regs: Regs, bus: Memory) -> None:
     """CS takes its limit along in real mode, so the offset is refused behind the load."""
     bus.poke(0x2000, 8, 0x0001_2345)
@@ -288,6 +293,13 @@ def _marked_before_the_push(regs: Regs, bus: Memory) -> None:
     bus.poke(GDT + 8, 8, 0x00AF9A000000FFFF)
     regs.gpr[RSP] = 0x3000
     bus.deny(0x2000, 0x3000)
+
+
+def _marked_before_the_limit(regs: Regs, bus: Memory) -> None:
+    """A far pointer behind the limit of code that is not marked accessed."""
+    regs.gpr[RAX] = DATA
+    bus.poke(DATA, 6, 8 << 32 | 0x10000)
+    bus.poke(GDT + 8, 8, 0x00409A000000FFFF)
 
 
 def _stack_that_wraps(regs: Regs, bus: Memory) -> None:
@@ -380,6 +392,9 @@ def _wrapping_destination(regs: Regs, bus: Memory) -> None:
         ("far-call", Shown(16, "9a00000000", _second_push_faults)),
         ("lldt-local", Shown(64, "0f0010", _local_table_and_selector_in_memory)),
         ("lldt-local", Shown(64, "0f00d0", _absent_local_table)),
+        ("far-call", Shown(64, "ff18", _marked_before_the_limit)),
+        ("interrupt-limit", Shown(16, "cd21", _shadow_and_no_interrupt_table)),
+        ("control-order", Shown(64, "0f01dd", _user)),
         ("canonical-first-byte", Shown(64, "488b00", _straddling_57_bits)),
         ("canonical-first-byte", Shown(64, "f3ad", _straddling_in_a_repetition)),
     ],
