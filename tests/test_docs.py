@@ -73,6 +73,18 @@ def arguments(command: str) -> list[str]:
     return words[1:]
 
 
+def outputs(page: Path) -> dict[str, list[str]]:
+    """Lines that ``page`` shows below each command at a prompt, without their indentation."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in blocks(page):
+        if line.lstrip().startswith("$ "):
+            lines = found.setdefault(line.strip()[2:], [])
+        else:
+            lines.append(line.strip())
+    return found
+
+
 def table(page: Path, header: str) -> list[list[str]]:
     """Cells of the table in ``page`` whose header row begins with ``header``, without backquotes."""
     rows = []
@@ -266,3 +278,34 @@ def test_every_field_of_the_json_is_in_the_reference(verb: str, command: list[st
     text = section(DOCS / "reference" / "command-line.md", f"`{verb}`")
     for field in sorted(fields):
         assert f"`{field}`" in text, field
+
+
+CAMPAIGNS = [ROOT / "README.md", DOCS / "tutorial" / "first-finding.md"]
+
+
+@pytest.mark.parametrize("page", CAMPAIGNS, ids=["README", "tutorial"])
+def test_the_campaign_shown_finds_the_case_that_is_explained(
+    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = outputs(page)
+    command = next(line for line in shown if line.startswith("mmufuzz fuzz ") and "--seed" in line)
+    target = tmp_path / "result.json"
+    places = ["--corpus", str(tmp_path / "corpus"), "--findings", str(tmp_path), "--json", str(target)]
+    assert main([*arguments(command), "--no-coverage", *places]) == Status.FOUND
+    result = json.loads(target.read_text())
+    done = f"{result['cases']} cases, {result['schedules']} schedules in "
+    assert any(line.startswith(done) for line in shown[command]), done
+    sizes = [line.split(".toml: ")[1] for line in shown[command] if " deviations; after " in line]
+    assert [size.rsplit(",", 1)[0] for size in sizes] == [
+        f"{found['instructions']} instructions, {found['edits']} words, {found['deviations']} deviations; "
+        f"after {found['found_after_cases']} cases"
+        for found in result["findings"]
+    ]
+
+    explained = next(line for line in shown if line.startswith("mmufuzz explain "))
+    (case,) = tmp_path.glob(Path(explained.split()[2]).name)
+    capsys.readouterr()
+    main(["explain", str(case)])
+    real = iter([line.strip() for line in capsys.readouterr().out.splitlines()])
+    for line in shown[explained]:
+        assert line == "…" or line in real, line
