@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mmufuzz.case.model import Case, Expect
+from mmufuzz.case.model import Case, Expect, Options
 from mmufuzz.kvm.fixes import LATEST, behaviours, find
 
-MOST_EVENTS = 40_000
+MOST_EVENTS = Options().event_limit
 """Events of a run in a campaign: a mutated limit of a million would cost as much time and memory as a thousand runs."""
 
 

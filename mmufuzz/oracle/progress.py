@@ -19,7 +19,7 @@ from mmufuzz.oracle.state import MachineState
 CONFIRMATIONS: Final = 4
 """Periods that must repeat the first one exactly."""
 
-MOST_NUMBERS: Final = 250_000
+MOST_NUMBERS: Final = 100_000
 """Of which recorded states are made: beyond that they are forgotten, and the search for a period begins anew.
 
 Bounds the memory of a long run; a loop whose periods and their confirmations do not fit is not found.
