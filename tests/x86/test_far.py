@@ -112,6 +112,14 @@ def test_a_call_gate_of_long_mode_has_16_bytes_and_leads_to_64_bit_code() -> Non
     assert run(64, code, descriptors=narrow).error_code == CODE0_32
 
 
+def test_a_call_gate_of_long_mode_must_lie_within_the_table_with_both_halves() -> None:
+    code = in_code0(64, b"").ljust(0x80, b"\x90") + far(64, "callf", GATE)
+    gates = {GATE: call_gate(HANDLER, CODE0), GATE + 8: 0}
+    assert run(64, code, descriptors=gates, registers={"gdt_limit": GATE + 15}).stop == "halt"
+    made = run(64, code, descriptors=gates, registers={"gdt_limit": GATE + 14})
+    assert (made.vector, made.error_code) == (13, GATE)
+
+
 @pytest.mark.parametrize(("mode", "stop"), [(64, "exception"), (32, "unsupported")])
 def test_a_task_switch_is_not_modelled_and_long_mode_has_none(mode: int, stop: str) -> None:
     made = run(mode, far(mode, "jmpf", TSS_SELECTOR), descriptors={GATE: 0})
