@@ -285,8 +285,10 @@ CAMPAIGNS = [ROOT / "README.md", DOCS / "tutorial" / "first-finding.md"]
 
 @pytest.mark.parametrize("page", CAMPAIGNS, ids=["README", "tutorial"])
 def test_the_campaign_shown_finds_the_case_that_is_explained(
-    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As the pages have it: what a campaign starts from, and what it knows, is in the checkout.
+    monkeypatch.chdir(ROOT)
     shown = outputs(page)
     command = next(line for line in shown if line.startswith("mmufuzz fuzz ") and "--seed" in line)
     target = tmp_path / "result.json"
