@@ -49,7 +49,7 @@ def measure(name: str, kernel: str, bound: int, memory_model: str) -> dict[str, 
 
 
 def plain_store(kernel: str) -> dict[str, object]:
-    """mmu_lock per store that KVM cannot emulate, with nothing else going on but one memslot update before it."""
+    """mmu_lock per store that KVM cannot emulate, with nothing else going on."""
     case = replace(toml.load(REGRESSIONS / "seed-false-positive-v6.9.toml"), kernel=kernel, schedule=(), host=())
     outcome = run(case)
     reads = outcome.marks.get("reexecute.count_zero", 0) + outcome.marks.get("reexecute.count_nonzero", 0)
