@@ -9,51 +9,23 @@ off) ends without a finding.
 from __future__ import annotations
 
 import sys
-import zlib
 from typing import Final
 
 from mmufuzz.campaign.fuzz_target import CoverageTable, fuzz, record_crash, restart_with_preload
 from mmufuzz.campaign.harness import session
-from mmufuzz.campaign.insn_emulator import EmulatorDiffers, place_of
-from mmufuzz.campaign.insn_inputs import MODES, bits_of, crossed, emulator_entries_of, mutated, steps
-from mmufuzz.campaign.insn_target import Step, run
+from mmufuzz.campaign.insn_counters import N_COUNTERS, counters
+from mmufuzz.campaign.insn_emulator import EmulatorDiffers
+from mmufuzz.campaign.insn_inputs import bits_of, crossed, mutated, steps
+from mmufuzz.campaign.insn_target import run
 from mmufuzz.campaign.mutators import dictionary
 from mmufuzz.campaign.recorder import Recorder
 from mmufuzz.case.model import FLAT32, Case, Options, Slot, Vcpu
 from mmufuzz.case.rng import Rng
-from mmufuzz.x86.opcodes import FORMS
 
 FEP: Final = bytes.fromhex("0f0b6b766d")
 MAX_STEP: Final = 15
-PLACES: Final = {
-    place: number
-    for number, place in enumerate(
-        dict.fromkeys(place_of(entry) for bits in MODES for entry in emulator_entries_of(bits))
-    )
-}
-N_FORMS: Final = 2 * len(FORMS) * len(MODES)
-N_PLACES: Final = len(PLACES) * len(MODES)
-N_VARIANTS: Final = 1 << 13
-"""Counters for an instruction's size, prefixes and exception; two kinds seldom share one."""
 EMULATE_EVERY: Final = 8
 """One input in so many also goes through a VM: that is slower by two orders of magnitude."""
-
-
-def counters(done: list[Step]) -> dict[int, int]:
-    """What libFuzzer is to keep an input for: table entries that are executed and that retire, and kinds of steps."""
-    met: dict[int, int] = {}
-    for step in done:
-        mode = MODES.index(step.bits)
-        kind = f"{mode}"
-        insn = step.insn
-        if insn is not None:
-            entry = len(FORMS) * mode + insn.form
-            met[2 * entry + (step.vector < 0)] = 1
-            kind += f".{insn.form}.{insn.size}.{insn.lock}.{insn.rep}.{insn.has_memory}.{step.vector}"
-        if step.entry is not None:
-            met[N_FORMS + len(PLACES) * mode + PLACES[place_of(step.entry)]] = 1
-        met[N_FORMS + N_PLACES + zlib.crc32(kind.encode()) % N_VARIANTS] = 1
-    return met
 
 
 def emulated(recorder: Recorder, data: bytes) -> None:
@@ -72,7 +44,7 @@ def main(arguments: list[str]) -> None:
     import atheris  # noqa: PLC0415 - an extra; after the restart, which it must not see twice
 
     work = session("atheris_insn", arguments)
-    table = CoverageTable(N_FORMS + N_PLACES + N_VARIANTS)
+    table = CoverageTable(N_COUNTERS)
     share = work.recorder.share
     differences: set[str] = set()
 

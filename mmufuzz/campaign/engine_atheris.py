@@ -15,8 +15,9 @@ from mmufuzz.campaign.budget import Budget
 from mmufuzz.campaign.corpus import CASE_HARNESS, OWN, SUFFIX
 from mmufuzz.campaign.engine_process import GRACE_SECONDS, HARNESS_FAILED, harness_command, run_harness
 from mmufuzz.campaign.files import writable_directory
+from mmufuzz.campaign.insn_counters import reach as insn_reach
 from mmufuzz.campaign.kernel import Kernel
-from mmufuzz.campaign.minimal import minimal, reach
+from mmufuzz.campaign.minimal import ReachesOf, minimal, reach
 from mmufuzz.campaign.recorder import Recorder
 from mmufuzz.campaign.units import load_units, take_over
 from mmufuzz.case import bytes as case_bytes
@@ -93,23 +94,29 @@ def run_atheris(
         if directory.is_dir():
             command += ["--corpus", str(directory)]
     if run_harness(harness, command, recorder, budget, tick, workdir, lambda: take_over(units, own)):
-        if harness.stem == CASE_HARNESS:
-            minimize(own, recorder.kernel, Budget(MERGE_SECONDS), lambda: recorder.stop.requested)
+        of_cases = harness.stem == CASE_HARNESS
+        reaches_of = case_reach(recorder.kernel) if of_cases else insn_reach
+        minimize(own, reaches_of, Budget(MERGE_SECONDS), lambda: recorder.stop.requested)
 
 
-def minimize(own: Path, kernel: Kernel, patience: Budget, stopped: Callable[[], bool]) -> int:
-    """Remove from ``own`` the units that reach nothing on ``kernel`` that the others do not; how many.
+def case_reach(kernel: Kernel) -> ReachesOf:
+    """What a unit of the Case harness reaches on ``kernel``."""
+    return lambda data: reach(case_bytes.encode(kernel.dress(case_bytes.decode(data))))
+
+
+def minimize(own: Path, reaches_of: ReachesOf, patience: Budget, stopped: Callable[[], bool]) -> int:
+    """Remove from ``own`` the units that reach nothing that the others do not; how many.
 
     0, and nothing is removed, if ``patience`` is too short for all of them.
     """
     paths: dict[bytes, list[Path]] = {}
     for path, data in load_units(own):
-        paths.setdefault(case_bytes.encode(kernel.dress(case_bytes.decode(data))), []).append(path)
+        paths.setdefault(data, []).append(path)
 
     def patiently(data: bytes) -> Sequence[int]:
         if stopped() or patience.spent(0):
             raise TimeoutError
-        return reach(data)
+        return reaches_of(data)
 
     try:
         for unit in minimal(paths, patiently):

@@ -16,6 +16,9 @@ from mmufuzz.campaign.units import load_units
 from mmufuzz.case import bytes as case_bytes
 from mmufuzz.case.model import Case
 
+ReachesOf = Callable[[bytes], Sequence[int]]
+"""What an input reaches, when it is run once."""
+
 
 @dataclass
 class Unit:
@@ -36,7 +39,7 @@ def reach(data: bytes) -> array[int]:
     return array("I", sorted(index << 8 | bucket(count) for index, count in counters.items()))
 
 
-def minimal(datas: Iterable[bytes], reaches_of: Callable[[bytes], Sequence[int]]) -> list[Unit]:
+def minimal(datas: Iterable[bytes], reaches_of: ReachesOf) -> list[Unit]:
     """Those of ``datas`` that are needed to reach what all reach; none of them can be left out.
 
     The smallest win: in order of size, then of contents, one is taken if it reaches anything that those before it do

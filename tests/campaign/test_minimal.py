@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from mmufuzz.campaign.budget import Budget
 from mmufuzz.campaign.corpus import Corpus, files, load_directory, load_harness_cases
-from mmufuzz.campaign.engine_atheris import minimize
+from mmufuzz.campaign.engine_atheris import case_reach, minimize
 from mmufuzz.campaign.files import sweep
+from mmufuzz.campaign.insn_counters import reach as insn_reach
 from mmufuzz.campaign.kernel import Kernel
 from mmufuzz.campaign.minimal import Unit, merge, minimal, reach
 from mmufuzz.campaign.units import load_units, remove_torn, take_over
@@ -125,11 +126,25 @@ def raw_corpus(directory: Path, cases: list[Case]) -> list[Path]:
 def test_an_atheris_corpus_is_merged_in_place_unless_there_is_no_time(tmp_path: Path) -> None:
     raw_corpus(tmp_path / "raw", CASES)
     before = reached(list(map(unit_of, load_harness_cases(tmp_path / "raw"))))
-    assert minimize(tmp_path / "raw", Kernel(), Budget(1e-9), lambda: False) == 0
-    removed = minimize(tmp_path / "raw", Kernel(), Budget(), lambda: False)
+    assert minimize(tmp_path / "raw", case_reach(Kernel()), Budget(1e-9), lambda: False) == 0
+    removed = minimize(tmp_path / "raw", case_reach(Kernel()), Budget(), lambda: False)
     left = load_harness_cases(tmp_path / "raw")
     assert removed == len(CASES) - len(left) > 0
     assert reached(list(map(unit_of, left))) == before
+
+
+def test_the_corpus_of_the_instruction_harness_is_merged_by_what_its_inputs_execute(tmp_path: Path) -> None:
+    inputs = [bytes((mode, 0)) + code for mode in range(3) for code in (b"\x90", b"\x90\x90", b"\xf4", b"\x90\xf4")]
+    own = tmp_path / "atheris_insn"
+    own.mkdir()
+    for data in inputs:
+        (own / hashlib.sha1(data).hexdigest()).write_bytes(data)
+    before = {item for data in inputs for item in insn_reach(data)}
+    assert before
+    assert minimize(own, insn_reach, Budget(), lambda: False) > 0
+    left = [path.read_bytes() for path in own.iterdir()]
+    assert {item for data in left for item in insn_reach(data)} == before
+    assert all(len(data) == 3 for data in left)
 
 
 def test_a_torn_file_of_libfuzzer_is_no_input_and_goes_before_it_starts_again(tmp_path: Path) -> None:
