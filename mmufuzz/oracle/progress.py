@@ -67,6 +67,7 @@ class Progress:
         self._marks_at: list[list[dict[str, int]]] = []
         """``Thread.marks`` of each vCPU."""
         self._exits_at: list[dict[str, int]] = []
+        self._progress_at: list[list[int]] = []
         self._period = 0
         self._since = 0
         """Index of the first state that equals the one a period earlier."""
@@ -94,6 +95,7 @@ class Progress:
         self._trace_at.append(len(kvm.host.trace))
         self._marks_at.append([vcpu.thread.marks.copy() for vcpu in kvm.vcpus])
         self._exits_at.append(kvm.exits.copy())
+        self._progress_at.append([vcpu.progress for vcpu in kvm.vcpus])
         if self._period == 0 or self._states[position - self._period] != state:
             seen = self._last_seen.get(key, -1)
             self._period = position - seen if seen >= 0 and self._states[seen] == state else 0
@@ -139,6 +141,7 @@ class Progress:
         self._trace_at = []
         self._marks_at = []
         self._exits_at = []
+        self._progress_at = []
         self._period = 0
 
     def _report(self, position: int) -> None:
@@ -146,10 +149,10 @@ class Progress:
         start = position - self._period
         stuck: dict[str, list[str]] = {}
         for vcpu in self.kvm.vcpus:
-            if not vcpu.finished and vcpu.progress == self._base[vcpu.index]:
+            if not vcpu.finished and vcpu.progress == self._progress_at[start][vcpu.index]:
                 loop = _loop(vcpu.thread.marks, self._marks_at[start][vcpu.index])
                 stuck.setdefault(loop, []).append(f"{vcpu.thread.name} at rip {vcpu.regs.rip:#x}")
-        # A vCPU that only waits for another, or spins, passes no marks that tell.
+        # A vCPU that only waits for another, or is undone by it, passes no marks that tell.
         waiting = stuck.pop("", [])
         if not stuck:
             stuck[self._exits_since(start)] = []

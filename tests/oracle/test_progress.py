@@ -61,7 +61,7 @@ def test_a_loop_that_drops_its_event_is_told_by_that_however_it_comes_to_emulate
 
 def test_vcpus_that_are_stuck_in_different_loops_are_two_findings() -> None:
     sgdt = b"\x0f\x01\x05" + (FRAMES + 5 << 12).to_bytes(4, "little")  # in MMIO
-    outcome = run(case(long4(OWN_TABLE), flat32(sgdt), revert=("retry-guard", "write-pf-to-sp")))
+    outcome = run(case(long4(OWN_TABLE), flat32(b"\x90", sgdt), revert=("retry-guard", "write-pf-to-sp")))
     assert [finding.fingerprint for finding in outcome.findings] == [
         "emulate.decode_failed,emulate.reexecuted,page_fault.WRITE_PROTECTED,unprotect.zapped",
         "emulate.io_needed",
