@@ -311,3 +311,12 @@ def test_the_campaign_shown_finds_the_case_that_is_explained(
     real = iter([line.strip() for line in capsys.readouterr().out.splitlines()])
     for line in shown[explained]:
         assert line == "…" or line in real, line
+
+
+@pytest.mark.parametrize("command", ["mmufuzz corpus stats", "mmufuzz corpus verify"])
+def test_what_is_shown_of_the_corpus_is_true(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(arguments(command)) == Status.CLEAN
+    assert capsys.readouterr().out.splitlines() == outputs(DOCS / "how-to" / "run-nightly.md")[command]
