@@ -67,7 +67,7 @@ DEVIATIONS: Final[list[Deviation]] = [
     ),
     Deviation(
         "control-order",
-        "privilege, and upper halves of DR6 and DR7, are checked before whether instruction and register exist",
+        "privilege, upper halves of DR6 and DR7 and SVM's address are checked before whether an instruction exists",
         "x86_emulate_insn, check_dr_write",
         system.control_order,
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from mmufuzz.kvm.emulate_ctxt import CMPXCHG, READ, SYSTEM, Access
-from mmufuzz.kvm.opcode_table import MOV, NO_WRITE, PRIV
+from mmufuzz.kvm.opcode_table import CHECK_SVM_ADDRESS, MOV, NO_WRITE, PRIV
 from mmufuzz.oracle.emulator_compare import (
     ADDRESS,
     ERROR_CODE,
@@ -20,7 +20,7 @@ from mmufuzz.oracle.emulator_compare import (
     translated,
 )
 from mmufuzz.oracle.emulator_expected import again, operand_fault, resized, segment_fault
-from mmufuzz.x86.execute_operands import MASK32, MASK64, effective_address, linear
+from mmufuzz.x86.execute_operands import MASK32, MASK64, RAX, effective_address, linear
 from mmufuzz.x86.insn import LDTR, REG, SS, TR, Insn, renamed
 from mmufuzz.x86.paging import CR4_LA57
 from mmufuzz.x86.segments import refresh
@@ -75,15 +75,17 @@ def selector_width(made: Comparison) -> Comparison | None:
 
 
 def control_order(made: Comparison) -> Comparison | None:
-    """#GP(0) for the privilege, or for a wide value of DR6 and DR7, where hardware has another exception first."""
+    """#GP(0) for privilege, a wide value of DR6 or DR7, or SVM's rAX, where hardware has another exception first."""
     insn = made.decoded
     if not segment_fault(made) or made.emulated_vector != VECTOR_GP:
         return None
     wide = insn.name == "movdr.write" and insn.modrm_reg in (6, 7) and made.gpr[insn.modrm_rm] > MASK32
+    address = insn.d & CHECK_SVM_ADDRESS != 0 and made.gpr[RAX] >> 48 != 0
+    privilege = insn.d & PRIV != 0 and made.origin().cpl != 0
     if made.expected_vector == VECTOR_DB:
         refused = wide
     else:
-        refused = made.expected_vector == VECTOR_UD and (wide or (insn.d & PRIV != 0 and made.origin().cpl != 0))
+        refused = made.expected_vector == VECTOR_UD and (wide or address or privilege)
     return expecting(made, made.origin(), FAULT) if refused else None
 
 

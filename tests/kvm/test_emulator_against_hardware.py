@@ -185,6 +185,10 @@ def _not_canonical(regs: Regs, bus: Memory) -> None:
     regs.gpr[RAX] = 1 << 47
 
 
+def _wide_physical_address(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RAX] = 1 << 48
+
+
 def _straddling(regs: Regs, bus: Memory) -> None:
     regs.gpr[RAX] = (1 << 47) - 4
 
@@ -395,6 +399,7 @@ def _wrapping_destination(regs: Regs, bus: Memory) -> None:
         ("far-call", Shown(64, "ff18", _marked_before_the_limit)),
         ("interrupt-limit", Shown(16, "cd21", _shadow_and_no_interrupt_table)),
         ("control-order", Shown(64, "0f01dd", _user)),
+        ("control-order", Shown(64, "0f01da", _wide_physical_address)),
         ("canonical-first-byte", Shown(64, "488b00", _straddling_57_bits)),
         ("canonical-first-byte", Shown(64, "f3ad", _straddling_in_a_repetition)),
     ],
