@@ -28,7 +28,7 @@ from __future__ import annotations
 from typing import Final
 
 from mmufuzz.case.error import CaseError
-from mmufuzz.case.host_ops import FIRST_VECTOR, interrupt_of, interrupt_op
+from mmufuzz.case.host_ops import interrupt_of, interrupt_op
 from mmufuzz.case.model import (
     FINDING,
     FLAT32,
@@ -51,6 +51,7 @@ from mmufuzz.case.model import (
 from mmufuzz.case.repair import repair
 from mmufuzz.case.validate import FLAGS
 from mmufuzz.host.deviation import Deviation
+from mmufuzz.x86.state import FIRST_INTERRUPT
 
 MAGIC: Final = b"MMUZ"
 VERSION: Final = 1
@@ -280,7 +281,9 @@ class _Reader:
             op = HOST_OPS[0]
             if data[at + 2] & 1:
                 vector = data[at + 4]
-                op = interrupt_op(data[at + 3] % MAX_VCPUS, vector if vector >= FIRST_VECTOR else vector + FIRST_VECTOR)
+                if vector < FIRST_INTERRUPT:
+                    vector += FIRST_INTERRUPT
+                op = interrupt_op(data[at + 3] % MAX_VCPUS, vector)
             self.host_ops.append((data[at + 1], op))
         elif kind == _TRACK:
             self.tracked.append(self.u16(at + 4))

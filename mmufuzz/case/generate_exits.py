@@ -8,6 +8,7 @@ from mmufuzz.case.generate_insn import RAX, RCX, RDI, RDX, RSI, UNEMULATED, memo
 from mmufuzz.case.generate_vm import MMIO, Machine, Machines
 from mmufuzz.case.model import CODE_SLOT
 from mmufuzz.case.tables import NX, PAGE, P, U, W
+from mmufuzz.x86.state import FIRST_INTERRUPT
 
 _RSP: Final = 4
 _MSR_EFER: Final = 0xC0000080
@@ -18,7 +19,6 @@ _EFER: Final = (0x500, 0xD00, 0xD01, 0x501)
 _CODE64: Final = 0x00AF9B000000FFFF
 _DATA64: Final = 0x00CF93000000FFFF
 _FIRST_VECTORS: Final = 15
-_INTERRUPT: Final = 0x20
 _ERROR_CODES: Final = (8, 10, 11, 12, 13, 14)
 _NEXT: Final = b"\x48\x83\x04\x24\x10\x48\x83\x24\x24\xf0\x48\xcf"
 """A handler that returns to the next step: add qword [rsp], 16; and qword [rsp], -16; iretq."""
@@ -255,7 +255,7 @@ def _fill_system_page(vm: Machines, gva: int, gfn: int, interrupts: tuple[bytes,
     for position in range(len(words)):
         tables.set(gfn, position, words[position])
     _set_table_register(vm, gfn, 0x1F0, gva, 0x1F)
-    vectors = _INTERRUPT + len(interrupts) if interrupts else _FIRST_VECTORS
+    vectors = FIRST_INTERRUPT + len(interrupts) if interrupts else _FIRST_VECTORS
     _set_table_register(vm, gfn, 0x200, gva + 0x210, 16 * vectors + 0xF)
     # A longer IDT comes to where the handlers are otherwise.
     place = 0x800 if interrupts else 0x400
@@ -268,7 +268,7 @@ def _fill_system_page(vm: Machines, gva: int, gfn: int, interrupts: tuple[bytes,
         _set_gate(vm, gfn, vector, gva + place + 16 * handler)
     handlers = _HANDLERS + interrupts
     for number in range(len(interrupts)):
-        _set_gate(vm, gfn, _INTERRUPT + number, gva + place + 16 * (len(_HANDLERS) + number))
+        _set_gate(vm, gfn, FIRST_INTERRUPT + number, gva + place + 16 * (len(_HANDLERS) + number))
     for handler in range(len(handlers)):
         code = handlers[handler].ljust(16, b"\x90")
         tables.set(gfn, (place + 16 * handler) >> 3, int.from_bytes(code[:8], "little"))

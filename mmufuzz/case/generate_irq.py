@@ -7,7 +7,8 @@ from typing import Final
 from mmufuzz.case.generate_exits import load_system_tables
 from mmufuzz.case.generate_insn import RCX, RDI, RMW, RSI, UNEMULATED, load_immediate
 from mmufuzz.case.generate_vm import MMIO, Machine, Machines
-from mmufuzz.case.host_ops import FIRST_VECTOR, interrupt_op
+from mmufuzz.case.host_ops import interrupt_op
+from mmufuzz.x86.state import FIRST_INTERRUPT
 
 _RSP: Final = 4
 _IRETQ: Final = b"\x48\xcf"
@@ -46,7 +47,7 @@ def interrupt_scene(vm: Machines) -> None:
     if vm.percent(30) and machine.aliases:
         _remap(vm, machine)
     for _ in range(1 + vm.rng.below(3)):
-        vm.interrupts.append(interrupt_op(0, FIRST_VECTOR + vm.rng.below(2)))
+        vm.interrupts.append(interrupt_op(0, FIRST_INTERRUPT + vm.rng.below(2)))
 
 
 def _interruptible(vm: Machines, machine: Machine) -> None:
@@ -64,7 +65,7 @@ def _interruptible(vm: Machines, machine: Machine) -> None:
         # PUSH 0x302; POPF: IF and TF.
         program.emit(b"\x68\x02\x03\0\0\x9d")
     elif choice < 8:
-        program.emit(b"\xcd" + bytes((FIRST_VECTOR,)))
+        program.emit(b"\xcd" + bytes((FIRST_INTERRUPT,)))
     elif choice < 10:
         program.emit(_CLI if vm.percent(50) else _STI, vm.fep and vm.percent(30))
     elif choice < 11:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Final
 
 from mmufuzz.case.model import HOST_OPS, MAX_VCPUS
+from mmufuzz.x86.state import FIRST_INTERRUPT
 
-FIRST_VECTOR: Final = 32
 LAST_VECTOR: Final = 255
-FORM: Final = f"{', '.join(HOST_OPS)} or 'interrupt vcpuN {FIRST_VECTOR:#x}..{LAST_VECTOR:#x}'"
+FORM: Final = f"{', '.join(HOST_OPS)} or 'interrupt vcpuN {FIRST_INTERRUPT:#x}..{LAST_VECTOR:#x}'"
 """What an operation may be."""
 
 _PREFIX: Final = "interrupt vcpu"
@@ -31,6 +31,6 @@ def interrupt_of(op: str) -> tuple[int, int]:
     except ValueError:
         return NO_INTERRUPT
     # One text for each, so that equal operations are equal texts.
-    if not 0 <= vcpu < MAX_VCPUS or not FIRST_VECTOR <= vector <= LAST_VECTOR or op != interrupt_op(vcpu, vector):
+    if not 0 <= vcpu < MAX_VCPUS or not FIRST_INTERRUPT <= vector <= LAST_VECTOR or op != interrupt_op(vcpu, vector):
         return NO_INTERRUPT
     return vcpu, vector

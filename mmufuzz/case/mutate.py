@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from mmufuzz.case.generate_insn import FEP, PLAIN, RCX, RMW, UNEMULATED, Program
-from mmufuzz.case.host_ops import FIRST_VECTOR, interrupt_op
+from mmufuzz.case.host_ops import interrupt_op
 from mmufuzz.case.model import (
     CODE_SLOT,
     FLAT32,
@@ -42,6 +42,7 @@ from mmufuzz.host.sites import (
     label_step,
     label_thread,
 )
+from mmufuzz.x86.state import FIRST_INTERRUPT
 
 _FLIPS: Final = (P, W, U, A, D, PS, G, NX, RESERVED)
 _COMMON_SITES: Final = (GUEST_STORE, EMUL_STORE, GPTE_LOAD, SPTE_WALK, 19, 20, 21, 22, 33, 34)
@@ -306,7 +307,7 @@ def _change_host(rng: Rng, case: Case) -> Case:
     host = list(case.host)
     op = HOST_OPS[rng.below(len(HOST_OPS))]
     if rng.chance(1, 3):
-        op = interrupt_op(rng.below(len(case.vcpus)), FIRST_VECTOR)
+        op = interrupt_op(rng.below(len(case.vcpus)), FIRST_INTERRUPT)
     if not host:
         return replace(case, host=(HostThread((op,)),))
     index = rng.below(len(host))

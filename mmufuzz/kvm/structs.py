@@ -21,9 +21,8 @@ from mmufuzz.kvm.io import Device, Mmio, Pio
 from mmufuzz.kvm.observer import Observer
 from mmufuzz.kvm.role import ROLE_DIRECT, ROLE_PASSTHROUGH, role_level
 from mmufuzz.kvm.switches import Fixes
-from mmufuzz.x86.event import FIRST_INTERRUPT
 from mmufuzz.x86.paging import PagingConfig, paging_config
-from mmufuzz.x86.state import FLAG_AC, Regs
+from mmufuzz.x86.state import FIRST_INTERRUPT, FLAG_AC, Regs
 from mmufuzz.x86.tlb import Tlb
 
 FIRST_GUEST_PFN: Final = 1 << 12

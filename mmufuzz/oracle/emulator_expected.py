@@ -26,7 +26,7 @@ from mmufuzz.x86 import alu
 from mmufuzz.x86.decode import Truncated, Unsupported
 from mmufuzz.x86.execute_operands import MASK32, MASK64, RAX, RCX, RDI, RSP
 from mmufuzz.x86.execute_vector import enter_mmx
-from mmufuzz.x86.insn import IMM, Insn, Operand, renamed
+from mmufuzz.x86.insn import ES, IMM, Insn, Operand, renamed
 from mmufuzz.x86.opcodes import MNEMONICS
 from mmufuzz.x86.state import (
     FLAG_DF,
@@ -259,10 +259,11 @@ def _piece_wraps(made: Comparison) -> Comparison | None:
     """A piece runs past the width of the address: element by element it would go on at the beginning."""
     insn = made.decoded
     mask = alu.mask(insn.ad_bytes)
-    values = [access.value for access in _read_from_port(made)]
-    size = _read_from_port(made)[0].size if values else 0
+    ports = _read_from_port(made)
+    values = [access.value for access in ports]
+    size = ports[0].size if ports else 0
     regs = made.origin()
-    base = made.origin().segments[0].base if not made.mode64 else 0
+    base = 0 if made.mode64 else regs.segments[ES].base
     start = regs.gpr[RDI] & mask
     if start + len(values) * size <= mask + 1:
         return None

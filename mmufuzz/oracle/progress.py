@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.host.sched import STOPPED
 from mmufuzz.kvm.counters import ALL_BUT_ONE_WAIT, STATE_AGAIN, STATE_LEFT
 from mmufuzz.kvm.structs import Kvm
 from mmufuzz.oracle.history import History
@@ -162,22 +161,20 @@ class Progress:
             where = ", ".join(vcpus + waiting)
             what = f"{where}: the machine returns to the same state every {self._period} yields without progress"
             self.sink.record("livelock", loop, what)
-        self.sink.host.stop(STOPPED)
+        self.sink.end()
 
     def _exits_since(self, start: int) -> str:
         """The reasons of the VM exits in one period, as a fingerprint."""
-        names: list[str] = []
-        for name in sorted(self.kvm.exits):
-            if self.kvm.exits[name] != self._exits_at[start].get(name, 0):
-                names.append("exit " + name)
-        return ",".join(names)
+        return ",".join(["exit " + name for name in _counted(self.kvm.exits, self._exits_at[start])])
+
+
+def _counted(counts: dict[str, int], before: dict[str, int]) -> list[str]:
+    """Names, in order, of what was counted since ``before``."""
+    return [name for name in sorted(counts) if counts[name] != before.get(name, 0)]
 
 
 def _loop(marks: dict[str, int], before: dict[str, int]) -> str:
     """The fingerprint of a loop: the telling marks among those that were passed since ``before``."""
-    passed: list[str] = []
-    for name in sorted(marks):
-        if marks[name] != before.get(name, 0):
-            passed.append(name)
+    passed = _counted(marks, before)
     telling = _TELLING_OF_DROPPED if "event.dropped" in passed else _TELLING
     return ",".join([name for name in passed if name.startswith(telling)])

@@ -21,4 +21,8 @@ class Sink:
     def violated(self, kind: str, what: str, detail: str) -> None:
         """Append a finding and end the run: raises ``RunStop`` through the current thread."""
         self.record(kind, what, detail)
+        self.end()
+
+    def end(self) -> None:
+        """End the run after findings that were recorded: raises ``RunStop`` through the current thread."""
         self.host.stop(STOPPED)

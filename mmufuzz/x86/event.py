@@ -22,6 +22,7 @@ from mmufuzz.x86.segments import (
 )
 from mmufuzz.x86.state import (
     EFER_LMA,
+    FIRST_INTERRUPT,
     FLAG_AC,
     FLAG_IF,
     FLAG_NT,
@@ -42,9 +43,6 @@ from mmufuzz.x86.state import (
     Fault,
     Regs,
 )
-
-FIRST_INTERRUPT: Final = 32
-"""Vectors from here on are no exceptions."""
 
 _CONTRIBUTORY: Final = (VECTOR_DE, VECTOR_TS, VECTOR_NP, VECTOR_SS, VECTOR_GP)
 

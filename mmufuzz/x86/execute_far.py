@@ -25,7 +25,7 @@ from mmufuzz.x86.execute_operands import (
     store_stack,
     write_reg,
 )
-from mmufuzz.x86.insn import CS, LDTR, MEM, SS, Insn
+from mmufuzz.x86.insn import CS, MEM, SS, Insn
 from mmufuzz.x86.segments import (
     Descriptor,
     check_stack_segment,
@@ -38,6 +38,7 @@ from mmufuzz.x86.segments import (
     mark_accessed,
     read_descriptor,
     table_address,
+    table_limit,
 )
 from mmufuzz.x86.state import (
     EFER_LMA,
@@ -186,8 +187,7 @@ def _read_gate(regs: Regs, bus: Bus, selector: int, gate: Descriptor) -> tuple[i
         raise Fault(VECTOR_NP, error)
     offset = gate.word & 0xFFFF | gate.word >> 32 & 0xFFFF0000
     if regs.efer & EFER_LMA:
-        limit = regs.segments[LDTR].limit if selector & 4 else regs.gdt_limit
-        if (selector | 7) + 8 > limit:
+        if (selector | 7) + 8 > table_limit(regs, selector):
             raise Fault(VECTOR_GP, error)
         high = bus.load_system(regs, table_address(regs, gate.address + 8), 8)
         if high >> 40 & 0x1F:

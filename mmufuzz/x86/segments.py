@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from mmufuzz.x86.bus import Bus
-from mmufuzz.x86.insn import CS, DS, ES, FS, SS
+from mmufuzz.x86.insn import CS, DS, ES, FS, LDTR, SS
 from mmufuzz.x86.state import (
     CR0_PE,
     EFER_LMA,
@@ -67,19 +67,19 @@ def table_address(regs: Regs, address: int) -> int:
     return address & (0xFFFFFFFFFFFFFFFF if regs.efer & EFER_LMA else 0xFFFFFFFF)
 
 
+def table_limit(regs: Regs, selector: int) -> int:
+    """Offset of the last byte of the table that ``selector`` is for; -1 without an LDT."""
+    if not selector & 4:
+        return regs.gdt_limit
+    ldt = regs.segments[LDTR]
+    return -1 if ldt.rights & RIGHTS_UNUSABLE else ldt.limit
+
+
 def read_descriptor(regs: Regs, bus: Bus, selector: int, vector: int = VECTOR_GP, external: int = 0) -> Descriptor:
     """The descriptor that ``selector`` names. Raises ``vector``, with the selector, beyond the table's limit."""
-    error = selector & 0xFFFC | external
-    base = regs.gdt_base
-    limit = regs.gdt_limit
-    if selector & 4:
-        ldt = regs.segments[6]
-        if ldt.rights & RIGHTS_UNUSABLE:
-            raise Fault(vector, error)
-        base = ldt.base
-        limit = ldt.limit
-    if (selector | 7) > limit:
-        raise Fault(vector, error)
+    if (selector | 7) > table_limit(regs, selector):
+        raise Fault(vector, selector & 0xFFFC | external)
+    base = regs.segments[LDTR].base if selector & 4 else regs.gdt_base
     address = table_address(regs, base + (selector & 0xFFF8))
     return Descriptor(address, bus.load_system(regs, address, 8))
 

@@ -68,6 +68,9 @@ PFERR_USER: Final = 1 << 2
 PFERR_RSVD: Final = 1 << 3
 PFERR_FETCH: Final = 1 << 4
 
+FIRST_INTERRUPT: Final = 32
+"""Vectors from here on are no exceptions."""
+
 NO_ERROR_CODE: Final = -1
 
 DR6_BS: Final = 1 << 14
