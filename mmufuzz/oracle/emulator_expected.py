@@ -24,7 +24,7 @@ from mmufuzz.oracle.emulator_compare import (
 )
 from mmufuzz.x86 import alu
 from mmufuzz.x86.decode import Truncated, Unsupported
-from mmufuzz.x86.execute_operands import MASK32, MASK64, RAX, RCX, RDI, RSP
+from mmufuzz.x86.execute_operands import MASK32, MASK64, RAX, RCX, RDI, RSP, linear
 from mmufuzz.x86.execute_vector import enter_mmx
 from mmufuzz.x86.insn import ES, IMM, Insn, Operand, renamed
 from mmufuzz.x86.opcodes import MNEMONICS
@@ -240,7 +240,10 @@ def _piece_fault(made: Comparison) -> Comparison | None:
     size = ports[0].size
     stored = sum(write.size for write in made.bus.writes) // size
     ahead = made.after.gpr[RCX] - made.expected.gpr[RCX] & mask
-    if not 0 < ahead <= len(ports) - stored:
+    left = len(ports) - stored
+    if not ahead and _beyond_the_segment(made, left * size):
+        return expecting(made, made.expected, FAULT)
+    if not 0 < ahead <= left:
         return None
     executed = {store.gva: store.value for store in made.bus.stores}
     for write in made.bus.writes:
@@ -253,6 +256,16 @@ def _piece_fault(made: Comparison) -> Comparison | None:
     for index, by in ((RCX, ahead), (RDI, -ahead * size)):
         regs.gpr[index] = regs.gpr[index] & ~mask | regs.gpr[index] + by & mask
     return expecting(made, regs, (MEMORY, ERROR_CODE, ADDRESS))
+
+
+def _beyond_the_segment(made: Comparison, size: int) -> bool:
+    """ES ends within the piece, which is refused before any of it is stored; hardware stores the first element."""
+    regs = made.expected
+    try:
+        linear(regs, ES, regs.gpr[RDI] & alu.mask(made.decoded.ad_bytes), size, True)
+    except Fault:
+        return segment_fault(made) and made.expected_vector < 0
+    return False
 
 
 def _piece_wraps(made: Comparison) -> Comparison | None:
@@ -270,6 +283,8 @@ def _piece_wraps(made: Comparison) -> Comparison | None:
     stored = {}
     for access in made.accesses:
         if access.kind == WRITE:
+            if access.size % size:
+                return None
             for place in range(access.size // size):
                 stored[access.gva + place * size] = access.value >> 8 * size * place & alu.mask(size)
     if stored != {base + start + place * size: value for place, value in enumerate(values)}:

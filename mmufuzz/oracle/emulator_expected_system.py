@@ -134,7 +134,8 @@ def first_byte(made: Comparison) -> Comparison | None:
         return None
     regs = made.origin()
     if wide:
-        return expecting(made, regs, FAULT) if made.emulated_vector >= 0 else None
+        faults = made.emulated_vector == VECTOR_PF or segment_fault(made)
+        return expecting(made, regs, FAULT) if faults else None
     after = made.after.copy()
     regs.cr4 ^= CR4_LA57
     after.cr4 ^= CR4_LA57
