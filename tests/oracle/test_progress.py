@@ -13,6 +13,7 @@ from mmufuzz.case.model import ZAP_ALL_FAST, HostThread, Options
 from mmufuzz.host.memory import Pending
 from mmufuzz.host.sched import RunStop
 from mmufuzz.host.sites import label_site, label_thread
+from mmufuzz.kvm.observer import Observer
 from mmufuzz.kvm.structs import QueuedException
 from mmufuzz.oracle.progress import CONFIRMATIONS, MOST_NUMBERS, Progress
 from mmufuzz.oracle.state import MachineState
@@ -251,3 +252,20 @@ def test_a_livelock_is_found_after_the_states_so_far_were_forgotten() -> None:
     with pytest.raises(RunStop):
         progress.at_yield()
     assert [kind for kind, _ in m.found] == ["livelock"]
+
+
+class Unacknowledged(Observer):
+    """Another CPU kicks the vCPU at every VM entry."""
+
+    def __init__(self, m: Machine) -> None:
+        self.m = m
+
+    def vm_entered(self, vcpu: int) -> None:
+        self.m.poke(self.m.kvm.vcpus[vcpu].ipi_address, 1)
+
+
+def test_a_loop_that_no_mark_tells_is_told_by_its_exits() -> None:
+    m = Machine(case(long4(b"\x90"), host=[HostThread(("interrupt vcpu0 0x20",))]))
+    m.kvm.observer = Unacknowledged(m)
+    m.run()
+    assert m.found == [("livelock", "exit external-interrupt")]
