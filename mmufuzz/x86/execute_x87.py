@@ -29,6 +29,7 @@ _CONDITIONS: Final = 0x4700
 _TOP: Final = 7 << 11
 _BUSY: Final = 1 << 15
 _EXCEPTIONS: Final = 0x3F
+_POPPING: Final = ("fstp", "fistp", "fisttp", "fbstp")
 
 # FLD1, FLDL2T, FLDL2E, FLDPI, FLDLG2, FLDLN2, FLDZ: the value cut off, and whether the nearest one is above it.
 _CONSTANTS: Final[list[tuple[int, bool]]] = [
@@ -119,10 +120,12 @@ def load(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 
 def load_integer(regs: Regs, insn: Insn, bus: Bus) -> None:
-    """FILD."""
+    """FILD and FBLD."""
     _check(regs)
     src = insn.operands[0]
-    _push(regs, floats.from_integer(load_operand(regs, insn, bus, src), src.size), 0)
+    image = load_operand(regs, insn, bus, src)
+    value = floats.from_decimal(image) if insn.mnemonic == "fbld" else floats.from_integer(image, src.size)
+    _push(regs, value, 0)
     advance(regs, insn)
 
 
@@ -140,7 +143,10 @@ def load_constant(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 
 def store(regs: Regs, insn: Insn, bus: Bus) -> None:
-    """FST, FSTP, FIST, FISTP, FISTTP, to memory or to a stack register. An unmasked exception stores nothing."""
+    """FST, FSTP, FIST, FISTP, FISTTP, FBSTP, to memory or to a stack register.
+
+    An unmasked exception stores nothing.
+    """
     _check(regs)
     dst = insn.operands[0]
     name = insn.mnemonic
@@ -164,7 +170,7 @@ def store(regs: Regs, insn: Insn, bus: Bus) -> None:
             return
         store_operand(regs, insn, bus, dst, result)
         _raise(regs, flags)
-    if name in ("fstp", "fistp", "fisttp") and not (flags & ~regs.fcw & _EXCEPTIONS & ~floats.INEXACT):
+    if name in _POPPING and not (flags & ~regs.fcw & _EXCEPTIONS & ~floats.INEXACT):
         _pop(regs)
     advance(regs, insn)
 
@@ -176,6 +182,8 @@ def _convert(value: int, size: int, rounding: int, name: str) -> tuple[int, int]
         return result, flags & ~floats.ROUNDED_UP
     if name in ("fist", "fistp"):
         return floats.to_integer(value, size, rounding)
+    if name == "fbstp":
+        return floats.to_decimal(value, rounding)
     if size == 4:
         return floats.narrow(value, 8, 23, rounding)
     if size == 8:

@@ -1,4 +1,4 @@
-"""Conversions between the 80-bit extended format and the others (SDM vol. 1, 4.2 and 4.8)."""
+"""Conversions between the 80-bit extended format and the others (SDM vol. 1, 4.2, 4.7 and 4.8)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ ROUNDED_UP: Final = 1 << 9
 """C1 of FSW: the result's magnitude was rounded up."""
 
 DEFAULT_NAN: Final = 0xFFFFC000000000000000
+DECIMAL_INDEFINITE: Final = 0xFFFFC000000000000000
+"""The packed BCD integer indefinite (SDM vol. 1, 4.7)."""
 
+_DIGITS: Final = 18
+_DECIMAL_END: Final = 10**18
 _MASK64: Final = (1 << 64) - 1
 
 
@@ -154,3 +158,31 @@ def to_integer(value: int, size: int, rounding: int) -> tuple[int, int]:
         return indefinite, INVALID
     flags = (INEXACT if rest else 0) | (ROUNDED_UP if up else 0)
     return (-magnitude if negative else magnitude) & (1 << 8 * size) - 1, flags
+
+
+def from_decimal(image: int) -> int:
+    """A packed BCD integer, 18 digits and a sign in bit 79, as an 80-bit value, which is exact.
+
+    Bits 78 to 72 mean nothing. A digit above 9, which the SDM leaves undefined, counts as what it is in binary.
+    """
+    number = 0
+    for place in range(_DIGITS):
+        number = 10 * number + (image >> 4 * (_DIGITS - 1 - place) & 0xF)
+    return (image >> 79) << 79 | from_integer(number, 8)
+
+
+def to_decimal(value: int, rounding: int) -> tuple[int, int]:
+    """An 80-bit value as a packed BCD integer, and the flags that raises.
+
+    The sign is the value's even where it rounds to zero. What has more than 18 digits becomes the indefinite.
+    """
+    integer, flags = to_integer(value, 8, rounding)
+    sign = value >> 79
+    number = (1 << 64) - integer if sign and integer else integer
+    if flags & INVALID or number >= _DECIMAL_END:
+        return DECIMAL_INDEFINITE, INVALID
+    image = sign << 79
+    for place in range(_DIGITS):
+        image |= number % 10 << 4 * place
+        number //= 10
+    return image, flags

@@ -202,7 +202,9 @@ DF/0    fild    M2
 DF/1    fisttp  M2
 DF/2    fist    M2
 DF/3    fistp   M2
+DF/4    fbld    M10
 DF/5    fild    M8
+DF/6    fbstp   M10
 DF/7    fistp   M8
 DF/C8+8 fxch    STi
 DF/D0+8 fstp    STi

@@ -72,6 +72,14 @@ def undefined_flags(insn: Insn, regs: Regs) -> int:
     return FLAGS.get(name, 0)
 
 
+def undefined_decimal(image: int) -> bool:
+    """True if what FBLD loads of these ten bytes is undefined: a digit is above 9 (SDM vol. 2, FBLD)."""
+    for place in range(18):
+        if image >> 4 * place & 0xF > 9:
+            return True
+    return False
+
+
 def undefined_result(insn: Insn, regs: Regs, flags_after: int) -> bool:
     """True if the destination is undefined: SHLD and SHRD by more than the width, BSF and BSR of zero, 16-bit BSWAP.
 

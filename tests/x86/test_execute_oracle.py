@@ -47,6 +47,13 @@ def test_sequences_agree_with_unicorn(bits: int) -> None:
     assert sum(used.values()) == 360
 
 
+@BITS
+def test_sequences_of_decimal_loads_and_stores_agree_with_unicorn(bits: int) -> None:
+    used, seen = sequences(bits, 100, 6, 1, ("fbld", "fbstp", "fild", "fistp", "fchs", "fldcw", "ffree"))
+    assert min(used["fbld"], used["fbstp"]) > 20
+    assert {"x87-decimal-range", "x87-decimal-zero"} <= seen.keys()
+
+
 @pytest.mark.oracle
 @BITS
 def test_many_sequences_agree_with_unicorn(bits: int) -> None:

@@ -114,6 +114,14 @@ DIVERGENCES = {
         "SDM vol. 1, 8.5.1.2 and 4.8.3.4: the integer indefinite; NaNs become quiet",
         skip=True,
     ),
+    "x87-decimal-range": Divergence(
+        "FBSTP of what does not fit stores anything but the indefinite",
+        "SDM vol. 1, 8.5.1.2 and vol. 2, FBSTP: the packed BCD integer indefinite",
+    ),
+    "x87-decimal-zero": Divergence(
+        "FBSTP of a negative value that rounds to zero stores a positive zero",
+        "SDM vol. 2, FBSTP: -0 is stored as -0, and so is what rounds to it",
+    ),
     "x87-constants": Divergence(
         "FLDPI and the other constants are rounded to nearest whatever FCW says",
         "SDM vol. 2, FLD1: rounded as FCW.RC says",
@@ -155,8 +163,8 @@ def prefixes(code: bytes, bits: int) -> tuple[bool, int]:
     return 0x66 in code[:place], rex
 
 
-_PUSHES = frozenset(("fld", "fild", "fld1", "fldl2t", "fldl2e", "fldpi", "fldlg2", "fldln2", "fldz"))
-_READS_TOP = frozenset(("fst", "fstp", "fist", "fistp", "fisttp", "fchs", "fabs", "fxch"))
+_PUSHES = frozenset(("fld", "fild", "fbld", "fld1", "fldl2t", "fldl2e", "fldpi", "fldlg2", "fldln2", "fldz"))
+_READS_TOP = frozenset(("fst", "fstp", "fist", "fistp", "fisttp", "fbstp", "fchs", "fabs", "fxch"))
 
 
 def invalid_store(insn: Insn, value: int) -> bool:
@@ -169,6 +177,14 @@ def invalid_store(insn: Insn, value: int) -> bool:
     if insn.mnemonic in ("fst", "fstp") and size < 10:
         return narrow(value, 8, 23, 0)[1] & INVALID != 0
     return False
+
+
+def decimal_divergence(value: int, rounding: int) -> str:
+    """The entry that applies to FBSTP of ``value``, or ""."""
+    integer, flags = to_integer(value, 8, rounding)
+    if flags & INVALID or min(integer, (1 << 64) - integer) >= 10**18:
+        return "x87-decimal-range"
+    return "x87-decimal-zero" if integer == 0 and value >> 79 else ""
 
 
 def fpu_divergence_of(insn: Insn, regs: Regs) -> str:
@@ -185,6 +201,8 @@ def fpu_divergence_of(insn: Insn, regs: Regs) -> str:
         return "x87-constants"
     if invalid_store(insn, regs.fpr[top]):
         return "x87-invalid"
+    if name == "fbstp":
+        return decimal_divergence(regs.fpr[top], regs.fcw >> 10 & 3)
     if name in ("fst", "fstp") and empty:
         return "x87-empty-destination"
     if name in ("fnsave", "frstor") and insn.size == 8:

@@ -90,6 +90,28 @@ def differences(uc: unicorn.Uc, insn: Insn, regs: Regs, known: str) -> list[str]
     return found
 
 
+def random_decimal(rng: Rng) -> int:
+    """A packed BCD integer: of any number of digits, all of them valid, or any ten bytes."""
+    if rng.below(4) == 0:
+        return int.from_bytes(rng.bytes(10), "little")
+    image = rng.below(2) << 79
+    for place in range(rng.below(19)):
+        image |= rng.below(10) << 4 * place
+    return image
+
+
+def settle_decimal(uc: unicorn.Uc, bus: FlatBus, address: int, known: str) -> list[str]:
+    """What differs, but for the divergence, in what FBSTP stored. Unicorn gets what the bus has of it."""
+    ours = bus.peek(address, 10)
+    theirs = int.from_bytes(uc.mem_read(address, 10), "little")
+    uc.mem_write(address, ours.to_bytes(10, "little"))
+    if known == "x87-decimal-zero":
+        expected = ours == 1 << 79 and theirs == 0
+    else:
+        expected = ours == floats.DECIMAL_INDEFINITE != theirs
+    return [] if expected else [f"decimal {ours:#x} {theirs:#x}"]
+
+
 def settle_environment(uc: unicorn.Uc, bus: FlatBus, address: int, size: int) -> list[str]:
     """What differs in an environment of seven fields of ``size`` bytes. Unicorn gets what the bus has of it."""
     ours = bus.peek(address, 7 * size)

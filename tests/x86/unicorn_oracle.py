@@ -7,6 +7,8 @@ of ``unicorn_divergences``.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import unicorn
 import unicorn.x86_const as x86
 import unicorn_fpu
@@ -29,6 +31,7 @@ from mmufuzz.x86.opcodes import (
     MAP_VEX38,
     METHOD_SREG,
     METHOD_SREG_OPCODE,
+    MNEMONICS,
     ONLY32,
     ONLY64,
     WIDE,
@@ -230,6 +233,8 @@ class Walk:
         if known == "x87-environment":
             address = self.location(insn, before)
             found += unicorn_fpu.settle_environment(self.oracle.uc, self.bus, address, 2 if insn.size == 2 else 4)
+        if known.startswith("x87-decimal"):
+            found += unicorn_fpu.settle_decimal(self.oracle.uc, self.bus, self.location(insn, before), known)
         for index in range(count):
             if regs.gpr[index] != values[index]:
                 found.append(f"gpr {index}: {regs.gpr[index]:#x} {values[index]:#x}")
@@ -308,6 +313,8 @@ class Walk:
                 regs.gpr[operand.index] = target & mask
         if name in STACK_USERS and not 0x1000 <= regs.gpr[4] < 0x7000:
             return False
+        if name == "fbld":
+            self.put(self.location(insn), 10, unicorn_fpu.random_decimal(self.rng))
         if name.startswith("cmpxchg") and self.rng.below(2):
             self.make_equal(insn)
         return True
@@ -353,12 +360,14 @@ def random_memory() -> FlatBus:
     return bus
 
 
-def sequences(bits: int, count: int, length: int, seed: int) -> tuple[dict[str, int], dict[str, int]]:
-    """``count`` sequences of ``length`` instructions: (uses by mnemonic, uses by divergence)."""
+def sequences(
+    bits: int, count: int, length: int, seed: int, names: Collection[str] = MNEMONICS
+) -> tuple[dict[str, int], dict[str, int]]:
+    """``count`` sequences of ``length`` instructions among ``names``: (uses by mnemonic, uses by divergence)."""
     oracle = Oracle(bits)
     bus = random_memory()
     oracle.uc.mem_write(0, bytes(bus.memory))
-    forms = usable_forms(bits)
+    forms = [form for form in usable_forms(bits) if form.mnemonic in names]
     used: dict[str, int] = {}
     seen: dict[str, int] = {}
     for number in range(count):
