@@ -22,7 +22,7 @@ from mmufuzz.x86.executor import execute
 from mmufuzz.x86.flat_registers import initial_registers
 from mmufuzz.x86.insn import REP_NONE, Insn
 from mmufuzz.x86.segments import refresh
-from mmufuzz.x86.state import CR0_PG, VECTOR_GP, Fault, Regs
+from mmufuzz.x86.state import CR0_AM, CR0_PG, FLAG_AC, VECTOR_GP, Fault, Regs
 
 ORIGIN: Final = 0x1000
 
@@ -123,6 +123,9 @@ def registers(data: bytes) -> Regs:
         regs.cpl = 3
         regs.segments[1].rights |= 3 << 5
         regs.segments[2].rights |= 3 << 5
+    if rng.below(8) == 0:
+        regs.cr0 |= CR0_AM
+        regs.rflags |= FLAG_AC
     regs.gdt_base = regs.idt_base = 0x10000
     regs.gdt_limit = 0xFFFF
     regs.idt_limit = 0xFFFF if data[0] & HANDLED else 0

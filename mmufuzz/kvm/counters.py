@@ -145,6 +145,7 @@ EXITS: Final = (
     "page-fault",
     "invalid-opcode",
     "debug",
+    "alignment-check",
     "cr-access",
     "invlpg",
     "invpcid",

@@ -16,6 +16,7 @@ from mmufuzz.host.sites import (
 )
 from mmufuzz.kvm.emulator_access import pages, set_efer, words
 from mmufuzz.kvm.exits import (
+    EXIT_AC,
     EXIT_CR,
     EXIT_DB,
     EXIT_DONE,
@@ -34,7 +35,7 @@ from mmufuzz.kvm.intercepts import INTERCEPTED, intercept
 from mmufuzz.kvm.interrupts import vmx_interrupt_blocked
 from mmufuzz.kvm.role import role_level
 from mmufuzz.kvm.structs import QueuedException, Vcpu
-from mmufuzz.x86.breakpoints import DR7_ENABLED, code_breakpoint
+from mmufuzz.x86.breakpoints import DR7_ENABLED, WatchedBus, code_breakpoint
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.decode import Truncated, decode, decode16
 from mmufuzz.x86.executor import execute
@@ -57,6 +58,7 @@ from mmufuzz.x86.state import (
     FLAG_RF,
     FLAG_TF,
     SHADOW_MOV_SS,
+    VECTOR_AC,
     VECTOR_GP,
     VECTOR_PF,
     VECTOR_UD,
@@ -259,6 +261,8 @@ def run_guest(vcpu: Vcpu, bus: GuestBus) -> VmExit:
         vmexit = inject_event(vcpu, bus)
         if vmexit is not None:
             return vmexit
+    if vcpu.pending_debug and not regs.shadow & SHADOW_MOV_SS:
+        return pending_debug(vcpu, 0)
     irqchip = vcpu.irqchip
     if irqchip is not None:
         vcpu.kvm.observer.vm_entered(vcpu.index)
@@ -283,7 +287,10 @@ def run_guest(vcpu: Vcpu, bus: GuestBus) -> VmExit:
                 intercepted = intercept(vcpu, bus, insn)
                 if intercepted is not None:
                     return intercepted
-            execute(regs, insn, bus)
+            if regs.dr[7] & DR7_ENABLED:
+                execute_watched(vcpu, insn, bus)
+            else:
+                execute(regs, insn, bus)
         except Intercepted as exited:
             assert insn is not None
             exited.vmexit.length = insn.length
@@ -298,8 +305,22 @@ def run_guest(vcpu: Vcpu, bus: GuestBus) -> VmExit:
         if flags & FLAG_RF and insn.mnemonic != "iret":
             regs.rflags &= ~FLAG_RF
         settle_rip(vcpu)
-        if flags & FLAG_TF and not regs.shadow & SHADOW_MOV_SS:
-            return VmExit(EXIT_DB, DR6_BS)
+        if (flags & FLAG_TF or vcpu.pending_debug) and not regs.shadow & SHADOW_MOV_SS:
+            return pending_debug(vcpu, DR6_BS if flags & FLAG_TF else 0)
+
+
+def execute_watched(vcpu: Vcpu, insn: Insn, bus: GuestBus) -> None:
+    """Execute ``insn`` under the data breakpoints in DR7. What it hits is pending behind it."""
+    watched = WatchedBus(bus, vcpu.regs)
+    execute(vcpu.regs, insn, watched)
+    vcpu.pending_debug |= watched.hit
+
+
+def pending_debug(vcpu: Vcpu, more: int) -> VmExit:
+    """#DB, a trap, with what is pending and ``more``. A load of SS puts it off (SDM vol. 3, 6.8.3)."""
+    payload = vcpu.pending_debug | more
+    vcpu.pending_debug = 0
+    return VmExit(EXIT_DB, payload)
 
 
 def on_fault(vcpu: Vcpu, bus: GuestBus, insn: Insn | None, fault: Fault) -> VmExit | None:
@@ -311,6 +332,8 @@ def on_fault(vcpu: Vcpu, bus: GuestBus, insn: Insn | None, fault: Fault) -> VmEx
         return vmexit
     if fault.vector == VECTOR_UD and vcpu.kvm.options.fep:
         return VmExit(EXIT_UD)
+    if fault.vector == VECTOR_AC:
+        return VmExit(EXIT_AC, fault.error_code)
     exception = QueuedException(fault.vector, fault.error_code, 0)
     if has_idt(vcpu):
         return deliver_event(vcpu, bus, exception, False)

@@ -19,13 +19,13 @@ from mmufuzz.kvm.exits import (
 )
 from mmufuzz.kvm.interrupts import vmx_interrupt_blocked
 from mmufuzz.kvm.structs import QueuedException, Vcpu
-from mmufuzz.x86.breakpoints import deliver_debug_payload
+from mmufuzz.x86.breakpoints import deliver_debug_payload, is_debug_trap
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.decode import Unsupported
 from mmufuzz.x86.event import deliver as deliver_by_idt
 from mmufuzz.x86.event import second_exception
 from mmufuzz.x86.insn import Insn
-from mmufuzz.x86.state import DR6_BS, NO_ERROR_CODE, VECTOR_BP, VECTOR_DB, VECTOR_OF, VECTOR_PF, Fault
+from mmufuzz.x86.state import NO_ERROR_CODE, VECTOR_BP, VECTOR_DB, VECTOR_OF, VECTOR_PF, Fault
 
 SVM_EXIT_NPF: Final = 0x400
 
@@ -68,12 +68,12 @@ def next_step(vcpu: Vcpu) -> None:
 def deliver(vcpu: Vcpu, exception: QueuedException) -> None:
     """The guest without an IDT takes an exception: it is logged, and the guest goes on at its next step.
 
-    After a single step, which reports an instruction that has retired, it goes on where it is.
+    After a single step or a data breakpoint, which report an instruction that has retired, it goes on where it is.
     """
     _raise(vcpu, exception)
     _log(vcpu, exception, vcpu.regs.rip)
     vcpu.regs.shadow = 0
-    if exception.vector == VECTOR_DB and exception.payload & DR6_BS:
+    if exception.vector == VECTOR_DB and is_debug_trap(vcpu.regs, exception.payload):
         return
     vcpu.progress += 1
     next_step(vcpu)

@@ -22,7 +22,7 @@ from mmufuzz.kvm.role import (
 from mmufuzz.kvm.structs import INVALID_PFN, Kvm, ShadowPage, Vcpu
 from mmufuzz.kvm.zap import kvm_mmu_commit_zap_page, kvm_mmu_prepare_zap_page, make_mmu_pages_available
 from mmufuzz.x86.paging import INVPCID_ADDRESS, INVPCID_CONTEXT, PTE_P, PTE_U, PTE_W
-from mmufuzz.x86.state import CR0_PG, CR0_WP, CR4_SMAP, CR4_SMEP, EFER_NX
+from mmufuzz.x86.state import CR0_AM, CR0_PG, CR0_WP, CR4_SMAP, CR4_SMEP, EFER_NX
 
 PT64_ROOT_5LEVEL: Final = 5
 PT64_ROOT_4LEVEL: Final = 4
@@ -202,17 +202,18 @@ def kvm_set_cr3(vcpu: Vcpu, value: int) -> bool:
 
 
 def kvm_set_cr0(vcpu: Vcpu, value: int) -> bool:
-    """regs.c:kvm_set_cr0, kvm_post_set_cr0 (6.1: x86.c): only CR0.WP may change here; False asks for #GP(0).
+    """regs.c:kvm_set_cr0, kvm_post_set_cr0 (6.1: x86.c): only CR0.WP and AM may change here; False asks for #GP(0).
 
     The TLB is flushed when the next root is loaded. Without paging nothing happens (6.1 drops the root even so).
     """
     regs = vcpu.regs
-    if (value ^ regs.cr0) & ~CR0_WP:
+    changed = value ^ regs.cr0
+    if changed & ~(CR0_WP | CR0_AM):
         return False
-    if value != regs.cr0:
-        regs.cr0 = value
-        if value & CR0_PG:
-            kvm_mmu_reset_context(vcpu)
+    regs.cr0 = value
+    # KVM_MMU_CR0_ROLE_BITS
+    if changed & CR0_WP and value & CR0_PG:
+        kvm_mmu_reset_context(vcpu)
     return True
 
 

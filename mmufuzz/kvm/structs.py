@@ -185,6 +185,8 @@ class Vcpu:
         self.exception: QueuedException | None = None
         """vcpu->arch.exception: what is queued for the guest."""
         self.exception_injected = False
+        self.pending_debug = 0
+        """B0 to B3 of DR6 for data breakpoints that a load of SS hit (VMCS: pending debug exceptions)."""
         """Its delivery has begun, and exited."""
         self.interrupt: QueuedException | None = None
         """vcpu->arch.interrupt: what userspace has handed over, or an INT n or interrupt whose delivery exited."""

@@ -18,6 +18,7 @@ from mmufuzz.kvm.counters import RETRY_ENTRY, STALL_BLOCK, stall_class
 from mmufuzz.kvm.emulator_access import set_cr
 from mmufuzz.kvm.exceptions import kvm_clear_exception_queue, kvm_queue_exception, kvm_requeue_exception
 from mmufuzz.kvm.exits import (
+    EXIT_AC,
     EXIT_CR,
     EXIT_DB,
     EXIT_DONE,
@@ -74,7 +75,17 @@ from mmufuzz.kvm.x86 import (
 from mmufuzz.kvm.zap import gsps_at, kvm_mmu_zap_all_fast
 from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.paging import INVPCID_ADDRESS
-from mmufuzz.x86.state import DR6_BS, FLAG_TF, NO_ERROR_CODE, VECTOR_BP, VECTOR_DB, VECTOR_GP, VECTOR_OF, Fault
+from mmufuzz.x86.state import (
+    DR6_BS,
+    FLAG_TF,
+    NO_ERROR_CODE,
+    VECTOR_AC,
+    VECTOR_BP,
+    VECTOR_DB,
+    VECTOR_GP,
+    VECTOR_OF,
+    Fault,
+)
 
 
 class HostBody(Body):
@@ -288,6 +299,9 @@ def handle_exit(vcpu: Vcpu, vmexit: VmExit) -> int:
         kvm_queue_exception(vcpu, VECTOR_GP, 0)
     elif reason == EXIT_DB:
         kvm_queue_exception(vcpu, VECTOR_DB, NO_ERROR_CODE, vmexit.a)
+    elif reason == EXIT_AC:
+        # handle_exception_nmi: vmx_guest_inject_ac
+        kvm_queue_exception(vcpu, VECTOR_AC, vmexit.a)
     elif reason == EXIT_INVLPG:
         kvm_mmu_invalidate_addr(vcpu, vmexit.a)
         vcpu.kvm.observer.guest_invalidated(vcpu.index, vmexit.a)

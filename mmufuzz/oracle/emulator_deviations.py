@@ -95,6 +95,7 @@ DEVIATIONS: Final[list[Deviation]] = [
         "__linearize",
         system.first_byte,
     ),
+    Deviation("alignment", "there is no #AC", "segmented_read, segmented_write", system.alignment),
     Deviation(
         "write-check",
         "a read-modify-write in a segment that cannot be written reads first",

@@ -25,8 +25,10 @@ from mmufuzz.x86.insn import LDTR, REG, SS, TR, Insn, renamed
 from mmufuzz.x86.paging import CR4_LA57
 from mmufuzz.x86.segments import refresh
 from mmufuzz.x86.state import (
+    CR0_AM,
     RIGHTS_DB,
     RIGHTS_UNUSABLE,
+    VECTOR_AC,
     VECTOR_DB,
     VECTOR_GP,
     VECTOR_PF,
@@ -148,6 +150,18 @@ def first_byte(made: Comparison) -> Comparison | None:
 
 def _straddles(accesses: list[Access], end: int) -> bool:
     return any(access.gva < end < access.gva + access.size for access in accesses)
+
+
+def alignment(made: Comparison) -> Comparison | None:
+    """An access that is not aligned: as with CR0.AM clear."""
+    insn = made.insn
+    if insn is None or made.expected_vector != VECTOR_AC:
+        return None
+    regs = made.origin()
+    after = made.after.copy()
+    regs.cr0 &= ~CR0_AM
+    after.cr0 &= ~CR0_AM
+    return translated(made, insn, regs, after, made.accesses)
 
 
 def write_check(made: Comparison) -> Comparison | None:

@@ -125,7 +125,8 @@ def _add_vcpu(state: list[object], vcpu: Vcpu, names: Names) -> None:
     state.append(words.get(vcpu.mode_address >> 3, 0))
     state.append(words.get(vcpu.requests_address >> 3, 0))
     state.append(words.get(vcpu.ipi_address >> 3, 0))
-    state.append(vcpu.irqs_disabled | vcpu.instruction_done << 1 | vcpu.skip_step << 2 | vcpu.finished << 3)
+    flags = vcpu.irqs_disabled | vcpu.instruction_done << 1 | vcpu.skip_step << 2 | vcpu.finished << 3
+    state.append(flags | vcpu.pending_debug << 4)
     state.append(vcpu.last_retry_eip)
     state.append(vcpu.last_retry_addr)
     state.append(vcpu.mmio_gfn)

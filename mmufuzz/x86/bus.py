@@ -81,3 +81,66 @@ class Bus:
 
     def port_out(self, regs: Regs, port: int, size: int, value: int) -> None:
         """OUT and OUTS; nothing listens."""
+
+
+class FrontBus(Bus):
+    """A bus in front of another, to which everything goes on."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+
+    def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
+        """See ``Bus``."""
+        return self.bus.load(regs, gva, size, rmw, locked)
+
+    def store(self, regs: Regs, gva: int, size: int, value: int, locked: bool) -> None:
+        """See ``Bus``."""
+        self.bus.store(regs, gva, size, value, locked)
+
+    def fetch(self, regs: Regs, gva: int, size: int) -> bytes:
+        """See ``Bus``."""
+        return self.bus.fetch(regs, gva, size)
+
+    def fence(self, regs: Regs) -> None:
+        """See ``Bus``."""
+        self.bus.fence(regs)
+
+    def write_cr(self, regs: Regs, number: int, value: int) -> None:
+        """See ``Bus``."""
+        self.bus.write_cr(regs, number, value)
+
+    def invlpg(self, regs: Regs, gva: int) -> None:
+        """See ``Bus``."""
+        self.bus.invlpg(regs, gva)
+
+    def invpcid(self, regs: Regs, kind: int, pcid: int, gva: int) -> None:
+        """See ``Bus``."""
+        self.bus.invpcid(regs, kind, pcid, gva)
+
+    def halt(self, regs: Regs) -> None:
+        """See ``Bus``."""
+        self.bus.halt(regs)
+
+    def load_system(self, regs: Regs, gva: int, size: int) -> int:
+        """See ``Bus``."""
+        return self.bus.load_system(regs, gva, size)
+
+    def store_system(self, regs: Regs, gva: int, size: int, value: int) -> None:
+        """See ``Bus``."""
+        self.bus.store_system(regs, gva, size, value)
+
+    def read_tsc(self, regs: Regs) -> int:
+        """See ``Bus``."""
+        return self.bus.read_tsc(regs)
+
+    def write_efer(self, regs: Regs, value: int) -> None:
+        """See ``Bus``."""
+        self.bus.write_efer(regs, value)
+
+    def port_in(self, regs: Regs, port: int, size: int) -> int:
+        """See ``Bus``."""
+        return self.bus.port_in(regs, port, size)
+
+    def port_out(self, regs: Regs, port: int, size: int, value: int) -> None:
+        """See ``Bus``."""
+        self.bus.port_out(regs, port, size, value)

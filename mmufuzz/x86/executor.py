@@ -4,7 +4,7 @@ Each mnemonic has a handler. Handlers make every access through the ``Bus`` firs
 and RIP afterwards, so that a ``Fault``, or an exception with which the bus ends the instruction (a VM exit), leaves
 the registers untouched. Repeated string instructions commit after each element instead.
 
-Not modelled: RFLAGS.TF, breakpoints, alignment checks (#AC), virtual-8086 mode, task switches.
+Not modelled: RFLAGS.TF, breakpoints, virtual-8086 mode, task switches.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from mmufuzz.x86 import execute_tables as tables
 from mmufuzz.x86 import execute_vector as vector
 from mmufuzz.x86 import execute_x87 as x87
 from mmufuzz.x86 import execute_xsave as xsave
+from mmufuzz.x86.alignment import AlignedBus, checks_alignment
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.execute_operands import advance, effective_address, load_operand, store_operand, write_reg
 from mmufuzz.x86.execute_string import string
 from mmufuzz.x86.insn import SREG, Insn
 from mmufuzz.x86.opcodes import MNEMONICS
-from mmufuzz.x86.state import VECTOR_UD, Fault, Regs
+from mmufuzz.x86.state import FLAG_AC, VECTOR_UD, Fault, Regs
 
 Handler = Callable[[Regs, Insn, Bus], None]
 
@@ -41,6 +42,8 @@ def execute(regs: Regs, insn: Insn, bus: Bus) -> None:
     if insn.fep:
         raise Fault(VECTOR_UD)
     shadow = regs.shadow
+    if regs.rflags & FLAG_AC and checks_alignment(regs):
+        bus = AlignedBus(bus, insn)
     _TABLE[insn.operation](regs, insn, bus)
     if shadow:
         regs.shadow &= ~shadow

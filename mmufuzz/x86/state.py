@@ -13,6 +13,7 @@ CR0_MP: Final = 1 << 1
 CR0_EM: Final = 1 << 2
 CR0_TS: Final = 1 << 3
 CR0_WP: Final = 1 << 16
+CR0_AM: Final = 1 << 18
 CR0_PG: Final = 1 << 31
 CR4_TSD: Final = 1 << 2
 CR4_DE: Final = 1 << 3
@@ -60,6 +61,7 @@ VECTOR_SS: Final = 12
 VECTOR_GP: Final = 13
 VECTOR_PF: Final = 14
 VECTOR_MF: Final = 16
+VECTOR_AC: Final = 17
 
 # Page-fault error code (SDM vol. 3, 4.7).
 PFERR_PRESENT: Final = 1 << 0

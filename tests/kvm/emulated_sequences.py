@@ -40,9 +40,11 @@ from mmufuzz.x86.insn import MEM, Insn
 from mmufuzz.x86.opcodes import FORMS, MAP_VEX, ONLY32, ONLY64, Form
 from mmufuzz.x86.opcodes import STRING as STRING_FORM
 from mmufuzz.x86.state import (
+    CR0_AM,
     CR0_PE,
     CR0_PG,
     EFER_SCE,
+    FLAG_AC,
     MSR_FMASK,
     MSR_LSTAR,
     MSR_STAR,
@@ -154,6 +156,9 @@ class Comparer:
             for index in (1, 2):
                 regs.segments[index].rights |= regs.cpl << 5
                 regs.segments[index].selector = regs.cpl
+        if rng.below(8) == 0:
+            regs.cr0 |= CR0_AM
+            regs.rflags |= FLAG_AC
         if self.bits == 16:
             regs.idt_limit = 0x3FF
         regs.gdt_base = GDT

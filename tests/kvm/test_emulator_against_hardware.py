@@ -24,7 +24,7 @@ from mmufuzz.x86.flat_registers import initial_registers
 from mmufuzz.x86.insn import DS, ES, LDTR, SS
 from mmufuzz.x86.paging import CR4_LA57
 from mmufuzz.x86.segments import install
-from mmufuzz.x86.state import CR4_DE, FLAG_DF, SHADOW_STI, VECTOR_NM, VECTOR_PF, Fault, Regs, Segment
+from mmufuzz.x86.state import CR0_AM, CR4_DE, FLAG_AC, FLAG_DF, SHADOW_STI, VECTOR_NM, VECTOR_PF, Fault, Regs, Segment
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 BITS = pytest.mark.parametrize("bits", [64, 32, 16])
@@ -179,6 +179,13 @@ def _user(regs: Regs, bus: Memory) -> None:
 
 def _general_detect(regs: Regs, bus: Memory) -> None:
     regs.dr[7] |= 1 << 13
+
+
+def _checked_for_alignment(regs: Regs, bus: Memory) -> None:
+    _user(regs, bus)
+    regs.cr0 |= CR0_AM
+    regs.rflags |= FLAG_AC
+    regs.gpr[RAX] = DATA + 1
 
 
 def _not_canonical(regs: Regs, bus: Memory) -> None:
@@ -345,6 +352,7 @@ SHOWN: dict[str, Shown] = {
     "mmx-fault": Shown(64, "0f7f00", _page_is_absent),
     "segment-override": Shown(64, "368b00", _not_canonical),
     "canonical-first-byte": Shown(64, "488b00", _straddling),
+    "alignment": Shown(64, "488b00", _checked_for_alignment),
     "write-check": Shown(32, "2e0108", _page_is_absent),
     "null-ss": Shown(64, "8ed0", _null),
     "local-limit": Shown(64, "8ed8", _large_local_table),
@@ -397,6 +405,7 @@ OTHER_WAYS = [
     ("ins-read-ahead", Shown(32, "f3666d", _destination_at_the_limit)),
     ("ins-read-ahead", Shown(32, "f3676d", _wrapping_destination)),
     ("ins-read-ahead", Shown(64, "f3486d", _read_ahead_over_a_page)),
+    ("alignment", Shown(32, "0fba2800", _checked_for_alignment)),
     ("far-call", Shown(64, "ff18", _marked_before_the_push)),
     ("far-call", Shown(64, "ff18", _stack_above_4_gib)),
     ("far-call", Shown(16, "9a00000000", _second_push_faults)),

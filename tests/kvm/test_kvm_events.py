@@ -14,12 +14,23 @@ from machines import (
     flat32,
     gva,
     long4,
+    machine,
     run,
     usual,
 )
 
 from mmufuzz.x86.asm import assemble
-from mmufuzz.x86.state import VECTOR_BP, VECTOR_DB, VECTOR_DF, VECTOR_GP, VECTOR_PF, VECTOR_UD
+from mmufuzz.x86.state import (
+    CR0_AM,
+    DR6_BS,
+    VECTOR_AC,
+    VECTOR_BP,
+    VECTOR_DB,
+    VECTOR_DF,
+    VECTOR_GP,
+    VECTOR_PF,
+    VECTOR_UD,
+)
 
 SYSTEM, HANDLER, STACK = 6, 7, 8
 """Pages of a guest with an IDT: tables, handlers, stack."""
@@ -85,6 +96,63 @@ def test_a_breakpoint_that_is_not_one_for_execution_is_passed(dr7: int) -> None:
     m = run(usual(), long4("mov dr0, rax; mov dr7, rcx", "mov [rbx], rdx", rax=step(1), rcx=dr7, rbx=gva(DATA), rdx=5))
     assert vectors(m) == []
     assert m.word(DATA) == 5
+
+
+WRITES, ACCESSES = 1, 3
+NOT_MAPPED = gva(0x30)
+FOUR_BYTES = 3 << 2
+
+
+def watch(*steps: str, kind: int, at: int = gva(DATA) + 2, **regs: int) -> Machine:
+    """A guest whose first breakpoint watches the four bytes around ``at``. RBX is the page's address."""
+    registers = {"rax": at, "rcx": (kind | FOUR_BYTES) << 16 | 1, "rbx": gva(DATA), "rsp": gva(DATA2) + 0x800} | regs
+    return run(usual(), long4("mov dr0, rax; mov dr7, rcx", *steps, **registers))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "hit"),
+    [
+        ("mov [rbx], al", WRITES, True),
+        ("mov [rbx + 3], ax", WRITES, True),
+        ("mov [rbx + 4], eax", WRITES, False),
+        ("mov al, [rbx]", WRITES, False),
+        ("mov al, [rbx]", ACCESSES, True),
+        ("add [rbx], al", WRITES, True),
+    ],
+)
+def test_a_data_breakpoint_raises_db_behind_the_instruction(text: str, kind: int, hit: bool) -> None:
+    m = watch(text + "; nop", "nop", kind=kind)
+    behind = step(1) + len(assemble(text))
+    assert m.vcpu().exceptions == ([(VECTOR_DB, -1, 0, behind)] if hit else [])
+    assert m.vcpu().regs.dr[6] & 15 == hit
+    assert m.vcpu().finished
+
+
+def test_an_instruction_that_faults_hits_no_data_breakpoint() -> None:
+    m = watch("mov rax, [rbx]; nop", kind=ACCESSES, at=NOT_MAPPED, rbx=NOT_MAPPED)
+    assert vectors(m) == [VECTOR_PF]
+
+
+def test_a_single_step_over_a_data_breakpoint_is_one_exception_with_both_bits() -> None:
+    m = watch("push 0x102; popf", "mov [rbx], al", "mov rsi, dr6", kind=WRITES)
+    assert m.vcpu().exceptions[0] == (VECTOR_DB, -1, 0, step(3))
+    assert m.reg("rsi") & (DR6_BS | 15) == DR6_BS | 1
+
+
+def test_a_load_of_ss_puts_its_data_breakpoint_off_by_an_instruction() -> None:
+    m = watch("mov ss, [rbx]; nop; nop", kind=ACCESSES)
+    assert m.vcpu().exceptions == [(VECTOR_DB, -1, 0, step(1) + 3)]
+
+
+def test_it_is_put_off_over_an_instruction_that_exits_and_is_skipped() -> None:
+    m = watch("mov ss, [rbx]; invlpg [rbx]; nop", kind=ACCESSES)
+    assert m.vcpu().exceptions == [(VECTOR_DB, -1, 0, step(1) + 5)]
+
+
+def test_the_emulator_knows_no_data_breakpoints() -> None:
+    m = watch("fep mov [rbx], al", kind=WRITES)
+    assert vectors(m) == []
+    assert m.passed("emulate.done") == 1
 
 
 def test_the_emulator_looks_for_breakpoints_behind_the_forced_emulation_prefix() -> None:
@@ -238,3 +306,34 @@ def test_an_exception_of_user_code_switches_to_the_stack_in_the_tss() -> None:
     assert (m.reg("rax"), m.reg("rsp"), m.vcpu().regs.cpl) == (5, gva(DATA2), 3)
     # The frame lies below the stack pointer in the TSS.
     assert m.word(STACK, 0xF00 // 8 - 1) == USER_DS
+
+
+# Alignment checks.
+
+MISALIGNED = ("push 0x40202; popf", "mov rcx, [rbx]", "nop")
+
+
+def user(*steps: str, tables: Tables) -> Machine:
+    """User code with CR0.AM and a stack; RBX is odd."""
+    m = machine(tables, long4(*steps, cpl=3, rsp=gva(DATA2) + 0x800, rbx=gva(DATA) + 1))
+    m.vcpu().regs.cr0 |= CR0_AM
+    return m.run()
+
+
+def test_an_alignment_check_exits_and_is_injected() -> None:
+    m = user(*MISALIGNED, tables=usual())
+    assert m.vcpu().exceptions == [(VECTOR_AC, 0, 0, step(1))]
+    assert m.kvm.exits["alignment-check"] == 1
+
+
+def test_kvm_emulates_what_is_not_aligned() -> None:
+    m = user("push 0x40202; popf", "fep mov rcx, [rbx]", tables=usual())
+    assert vectors(m) == []
+    assert m.passed("emulate.done") == 1
+
+
+def test_mov_to_cr0_sets_am_and_keeps_the_root() -> None:
+    m = run(usual(), long4("mov rax, cr0; or rax, rcx; mov cr0, rax", "mov rdx, [rbx]", rcx=CR0_AM, rbx=gva(DATA)))
+    assert m.vcpu().regs.cr0 & CR0_AM
+    assert vectors(m) == []
+    assert m.passed("mmu_load") == 1
