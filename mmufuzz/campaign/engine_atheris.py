@@ -18,7 +18,7 @@ from mmufuzz.campaign.files import writable_directory
 from mmufuzz.campaign.insn_counters import reach as insn_reach
 from mmufuzz.campaign.kernel import Kernel
 from mmufuzz.campaign.minimal import ReachesOf, minimal, reach
-from mmufuzz.campaign.recorder import Recorder
+from mmufuzz.campaign.recorder import REDUCE_SECONDS, Recorder
 from mmufuzz.campaign.units import load_units, take_over
 from mmufuzz.case import bytes as case_bytes
 
@@ -35,12 +35,14 @@ def libfuzzer_flags(seconds: float | None, seed: int, corpora: list[Path]) -> li
 
     ``-len_control=0``: its default starves structured inputs. ``-entropic=0``: its entropic schedule keeps statistics
     of rare features, which with the hundred thousand counters of an instrumented core cost ten times what a run does.
-    ``-print_funcs=0``: it starts a symbolizer, which the preloaded libraries break. The harness ends by its own clock;
+    ``-print_funcs=0``: it starts a symbolizer, which the preloaded libraries break. ``-report_slow_units``: an input
+    whose finding is reduced is slow, and no error of the harness. The harness ends by its own clock;
     libFuzzer's is the backstop. Signals are left to the harness. A crash of the process itself has the status of an
     error inside mmufuzz.
     """
     flags = ["-len_control=0", f"-max_len={MAX_LEN}", "-handle_int=0", "-handle_term=0", "-print_final_stats=0"]
     flags += ["-entropic=0", "-print_funcs=0", "-verbosity=0", "-reload=0"]
+    flags.append(f"-report_slow_units={int(3 * REDUCE_SECONDS)}")
     flags += [f"-error_exitcode={HARNESS_FAILED}", f"-timeout_exitcode={HARNESS_FAILED}"]
     flags.append(f"-seed={seed % 0x7FFFFFFF + 1}")
     if seconds is not None:

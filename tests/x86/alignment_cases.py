@@ -34,6 +34,8 @@ INSTRUCTIONS = {
     "fld m32": "d903",
     "fld m64": "dd03",
     "fld m80": "db2b",
+    "fbld m80": "df23",
+    "fbstp m80": "df33",
     "fild m16": "df03",
     "fild m64": "df2b",
     "fnstcw m16": "d93b",
