@@ -135,3 +135,18 @@ def test_any_bytes_run_to_a_stop_and_twice_to_the_same(data: bytes, mode: int) -
     memory = {0: bytes(0x1000), 0x2000: bytes(0x2000)}
     first = execute(data, mode=mode, memory=memory, max_instructions=200)
     assert everything(first) == everything(execute(data, mode=mode, memory=memory, max_instructions=200))
+
+
+@pytest.mark.parametrize(("room", "stop"), [(0x10000 - 4, "end"), (0x10000 - 3, "exception")])
+def test_enter_faults_if_the_operand_would_not_fit_where_its_frame_ends(room: int, stop: str) -> None:
+    # ENTER of 32 bits pushes EBP and reserves what makes the 16-bit stack pointer wrap to ``room``.
+    start = 0x400
+    reserved = start - 4 - room & 0xFFFF
+    code = b"\x66\xc8" + reserved.to_bytes(2, "little") + b"\0"
+    registers = {"esp": start, "ebp": 0x1234}
+    made = execute(code, mode=16, registers=registers, memory={0x300: bytes(0x200)})
+    assert made.stop == stop
+    if stop == "end":
+        assert (made.registers["esp"], made.registers["ebp"]) == (room, start - 4)
+    else:
+        assert (made.vector, made.registers["esp"], made.registers["ebp"]) == (12, start, 0x1234)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmufuzz.x86 import alu
+from mmufuzz.x86.execute_operands import RSP
 from mmufuzz.x86.floats import INVALID, narrow, to_integer
 from mmufuzz.x86.insn import STI, Insn
 from mmufuzz.x86.opcodes import MAP_VEX
@@ -94,6 +95,11 @@ DIVERGENCES = {
     "real-limit": Divergence(
         "a branch beyond the limit of CS in real-address mode does not fault",
         "SDM vol. 3, 21.1.1: #GP for an offset beyond 64 KiB",
+        skip=True,
+    ),
+    "enter-limit": Divergence(
+        "ENTER does not look at the stack where its frame ends",
+        "SDM vol. 2, ENTER: it faults if a write at the final stack pointer would",
         skip=True,
     ),
     "cmpxchg-upper": Divergence(
@@ -220,6 +226,11 @@ def divergence_of(insn: Insn, code: bytes, regs: Regs, bits: int) -> str:
     operand_prefix, rex = prefixes(code, bits)
     if bits == 16 and operand_prefix and name in NEAR:
         return "real-limit"
+    if bits == 16 and name == "enter":
+        # RBP and, up to the nesting level, frame pointers are pushed; the frame lies below them.
+        below = (1 + (insn.operands[1].value & 31)) * insn.size + insn.operands[0].value
+        if (regs.gpr[RSP] - below & 0xFFFF) + insn.size > 0x10000:
+            return "enter-limit"
     if bits == 16 and name in ("movbe", "popcnt", "crc32"):
         return "size-16"
     if bits == 32 and insn.opcode_map >= MAP_VEX and not code[2] & 0x40:
