@@ -175,6 +175,12 @@ DEVIATIONS: Final[list[Deviation]] = [
         "emulate_iret_real",
         far.iret_order,
     ),
+    Deviation(
+        "sysexit-null",
+        "SYSEXIT to 64-bit code takes SYSENTER_CS for null only if it is 0, not if bits 15:2 are",
+        "em_sysexit",
+        far.sysexit_null,
+    ),
     Deviation("lgdt16", "LGDT and LIDT of 16 bits read 5 bytes, not 6", "read_descriptor", system.lgdt16),
     Deviation("sgdt16", "SGDT and SIDT of 16 bits store 24 bits of the base, not 32", "em_sgdt", system.sgdt16),
     Deviation(

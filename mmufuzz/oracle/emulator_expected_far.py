@@ -6,14 +6,15 @@ from mmufuzz.kvm.emulate_ctxt import CMPXCHG, READ, SYSTEM, WRITE, Access
 from mmufuzz.kvm.opcode_table import OP_IMM_FAR
 from mmufuzz.oracle.emulator_compare import FAULT, MEMORY, Comparison, expecting
 from mmufuzz.x86 import alu
-from mmufuzz.x86.execute_operands import MASK32, MASK64, RSP, is_canonical
+from mmufuzz.x86.execute_operands import MASK32, MASK64, RCX, RDX, RSP, is_canonical
 from mmufuzz.x86.insn import CS, SS
-from mmufuzz.x86.segments import Descriptor
+from mmufuzz.x86.segments import Descriptor, install_flat
 from mmufuzz.x86.state import (
     EFER_LMA,
     FLAG_AC,
     FLAG_IF,
     FLAG_TF,
+    MSR_SYSENTER_CS,
     RIGHTS_DB,
     RIGHTS_L,
     VECTOR_BP,
@@ -172,3 +173,20 @@ def iret_order(made: Comparison) -> Comparison | None:
     if (fault.vector, fault.error_code) != (VECTOR_GP, 0) or made.accesses[0].value <= 0xFFFF:
         return None
     return expecting(made, made.origin(), FAULT)
+
+
+def sysexit_null(made: Comparison) -> Comparison | None:
+    """SYSEXIT to 64-bit code with a null selector in an MSR that is not zero: it goes there."""
+    insn = made.insn
+    if insn is None or made.decoded.name != "sysexit" or insn.size != 8:
+        return None
+    regs = made.origin()
+    selector = regs.msr.get(MSR_SYSENTER_CS, 0)
+    if selector == 0 or selector & 0xFFFC or made.emulated_vector >= 0 or made.expected_vector != VECTOR_GP:
+        return None
+    regs.rip = regs.gpr[RDX]
+    regs.gpr[RSP] = regs.gpr[RCX]
+    regs.cpl = 3
+    install_flat(regs, CS, 32 | 3, True)
+    install_flat(regs, SS, 40 | 3, False)
+    return expecting(made, regs, FAULT)

@@ -24,7 +24,19 @@ from mmufuzz.x86.flat_registers import initial_registers
 from mmufuzz.x86.insn import DS, ES, LDTR, SS
 from mmufuzz.x86.paging import CR4_LA57
 from mmufuzz.x86.segments import install
-from mmufuzz.x86.state import CR0_AM, CR4_DE, FLAG_AC, FLAG_DF, SHADOW_STI, VECTOR_NM, VECTOR_PF, Fault, Regs, Segment
+from mmufuzz.x86.state import (
+    CR0_AM,
+    CR4_DE,
+    FLAG_AC,
+    FLAG_DF,
+    MSR_SYSENTER_CS,
+    SHADOW_STI,
+    VECTOR_NM,
+    VECTOR_PF,
+    Fault,
+    Regs,
+    Segment,
+)
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 BITS = pytest.mark.parametrize("bits", [64, 32, 16])
@@ -219,6 +231,17 @@ def _null(regs: Regs, bus: Memory) -> None:
     regs.gpr[RAX] = 0
 
 
+def _null_system_call_selector(regs: Regs, bus: Memory) -> None:
+    regs.msr[MSR_SYSENTER_CS] = 3
+    regs.gpr[RDX] = CODE
+    regs.gpr[RCX] = 0x1800
+
+
+def _selector_bits_that_do_not_count(regs: Regs, bus: Memory) -> None:
+    regs.msr[MSR_SYSENTER_CS] = 0x10000
+    regs.gpr[RDX] = 1 << 63 | (1 << 63) - 1
+
+
 def _local_selector(regs: Regs, bus: Memory) -> None:
     regs.gpr[RAX] = 0x1C
 
@@ -371,6 +394,7 @@ SHOWN: dict[str, Shown] = {
     "interrupt-stores": Shown(16, "cd21", _second_push_faults),
     "iret-order": Shown(16, "66cf", _offset_beyond_the_limit),
     "ins-read-ahead": Shown(64, "f36d", _read_ahead_over_a_page),
+    "sysexit-null": Shown(64, "480f35", _null_system_call_selector),
     "lgdt16": Shown(32, "660f0110", _at_data),
     "sgdt16": Shown(32, "660f0100", _base_of_32_bits),
     # The segment ends 320 bytes behind the operand.
@@ -415,6 +439,7 @@ OTHER_WAYS = [
     ("interrupt-limit", Shown(16, "cd21", _shadow_and_no_interrupt_table)),
     ("control-order", Shown(64, "0f01dd", _user)),
     ("control-order", Shown(64, "0f01da", _wide_physical_address)),
+    ("sysexit-null", Shown(64, "480f35", _selector_bits_that_do_not_count)),
     ("canonical-first-byte", Shown(64, "488b00", _straddling_57_bits)),
     ("canonical-first-byte", Shown(64, "f3ad", _straddling_in_a_repetition)),
 ]
