@@ -12,6 +12,7 @@ from mmufuzz.case.generate_emulate import emulate_scene
 from mmufuzz.case.generate_exits import exits_scene
 from mmufuzz.case.generate_insn import PLAIN, RMW, UNEMULATED, VECTOR
 from mmufuzz.case.generate_irq import interrupt_scene
+from mmufuzz.case.generate_segments import segments_scene
 from mmufuzz.case.generate_vm import CAMPAIGN, DEFAULT, MMIO, PML4_SPAN, GenerateOptions, Machine, Machines
 from mmufuzz.case.model import Case
 from mmufuzz.case.mutate import mutate, splice
@@ -38,6 +39,7 @@ MMIO_ACCESS: Final = "mmio"  # an access outside every slot that KVM may be unab
 FOREIGN_TABLE: Final = "foreign-table"  # FLAT32 stores, not to be emulated, into another vCPU's table
 WRITE_TRACK: Final = "write-track"  # stores to a frame that an external user tracks
 FREE: Final = "free"
+SEGMENTS: Final = "segments"  # segment loads and fast system calls, emulated, in code of every size and privilege
 EMULATE: Final = "emulate"  # any instruction at all, emulated
 EXITS: Final = "exits"  # MMIO, ports, breakpoints, exceptions: what exits, and how KVM completes it
 
@@ -48,7 +50,8 @@ SHAPES: Final = (
     (MMIO_ACCESS, 7),
     (FOREIGN_TABLE, 12),
     (WRITE_TRACK, 8),
-    (FREE, 11),
+    (FREE, 6),
+    (SEGMENTS, 5),
     (EMULATE, 4),
     (EXITS, 10),
 )
@@ -101,6 +104,8 @@ def generate_shape(rng: Rng, shape: str, options: GenerateOptions = DEFAULT) -> 
         exits_scene(vm)
     elif shape == INTERRUPT:
         interrupt_scene(vm)
+    elif shape == SEGMENTS:
+        segments_scene(vm)
     else:
         _free(vm)
     if shape != FREE and vm.percent(20):

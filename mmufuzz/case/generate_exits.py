@@ -16,8 +16,8 @@ _MSR_KERNEL_GS_BASE: Final = 0xC0000102
 _EFER: Final = (0x500, 0xD00, 0xD01, 0x501)
 """LME and LMA, with and without NX, with and without SCE."""
 
-_CODE64: Final = 0x00AF9B000000FFFF
-_DATA64: Final = 0x00CF93000000FFFF
+_DESCRIPTORS: Final = (0x00AF9B000000FFFF, 0x00CF93000000FFFF)
+"""64-bit code and data."""
 _FIRST_VECTORS: Final = 15
 _ERROR_CODES: Final = (8, 10, 11, 12, 13, 14)
 _NEXT: Final = b"\x48\x83\x04\x24\x10\x48\x83\x24\x24\xf0\x48\xcf"
@@ -227,36 +227,44 @@ def _idt(vm: Machines) -> None:
     program.forget(_RSP)
 
 
-def load_system_tables(vm: Machines, machine: Machine, interrupts: tuple[bytes, ...] = ()) -> None:
-    """Give 64-bit code a page with GDT, IDT and handlers, and load its tables; ``interrupts`` handle 0x20 and so on."""
+def load_system_tables(
+    vm: Machines, machine: Machine, interrupts: tuple[bytes, ...] = (), descriptors: tuple[int, ...] = _DESCRIPTORS
+) -> tuple[int, int]:
+    """Give 64-bit code a page with GDT, IDT and handlers, and load its tables; (gva, gfn) of the page.
+
+    ``interrupts`` handle 0x20 and so on. ``descriptors`` are the GDT from selector 0x10 on, which is 64-bit code.
+    """
     program = machine.program
     system = machine.free_page()
     frame = vm.map_data(machine, system)
     machine.data.pop()
     vm.tables.map(machine.root, system, frame, P | W | U | 0x60)
-    _fill_system_page(vm, system, frame, interrupts)
+    _fill_system_page(vm, system, frame, interrupts, descriptors)
     base = program.address(system)
     # LGDT [base + 0x1f0]; LIDT [base + 0x200].
-    program.emit(_with_displacement(2, base, 0x1F0))
-    program.emit(_with_displacement(3, base, 0x200))
+    program.emit(with_displacement(2, base, 0x1F0))
+    program.emit(with_displacement(3, base, 0x200))
+    return system, frame
 
 
-def _with_displacement(extension: int, base: int, displacement: int) -> bytes:
+def with_displacement(extension: int, base: int, displacement: int) -> bytes:
     """0F 01 /``extension`` with the operand [``base`` + ``displacement``]."""
     prefix = b"\x41" if base >= 8 else b""
     modrm = 0x80 | extension << 3 | base & 7
     return prefix + bytes((0x0F, 0x01, modrm)) + displacement.to_bytes(4, "little")
 
 
-def _fill_system_page(vm: Machines, gva: int, gfn: int, interrupts: tuple[bytes, ...]) -> None:
+def _fill_system_page(
+    vm: Machines, gva: int, gfn: int, interrupts: tuple[bytes, ...], descriptors: tuple[int, ...]
+) -> None:
     """GDT at 0, the operands of LGDT and LIDT at 0x1F0 and 0x200, IDT at 0x210, handlers behind it."""
     tables = vm.tables
-    words = [0, 0, _CODE64, _DATA64]
+    words = [0, 0, *descriptors]
     for position in range(len(words)):
         tables.set(gfn, position, words[position])
-    _set_table_register(vm, gfn, 0x1F0, gva, 0x1F)
+    set_table_register(vm, gfn, 0x1F0, gva, 8 * len(words) - 1)
     vectors = FIRST_INTERRUPT + len(interrupts) if interrupts else _FIRST_VECTORS
-    _set_table_register(vm, gfn, 0x200, gva + 0x210, 16 * vectors + 0xF)
+    set_table_register(vm, gfn, 0x200, gva + 0x210, 16 * vectors + 0xF)
     # A longer IDT comes to where the handlers are otherwise.
     place = 0x800 if interrupts else 0x400
     for vector in range(_FIRST_VECTORS):
@@ -282,7 +290,7 @@ def _set_gate(vm: Machines, gfn: int, vector: int, address: int) -> None:
     vm.tables.set(gfn, (0x218 + 16 * vector) >> 3, address >> 32)
 
 
-def _set_table_register(vm: Machines, gfn: int, offset: int, base: int, limit: int) -> None:
+def set_table_register(vm: Machines, gfn: int, offset: int, base: int, limit: int) -> None:
     """The 10 bytes that LGDT or LIDT reads."""
     vm.tables.set(gfn, offset >> 3, limit | (base & 0xFFFFFFFFFFFF) << 16)
     vm.tables.set(gfn, (offset >> 3) + 1, base >> 48)
