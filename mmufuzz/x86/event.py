@@ -55,20 +55,23 @@ class TripleFault(Exception):
 class NewStack:
     """The stack that a transfer to an inner privilege pushes on, before anything is committed."""
 
-    def __init__(self, regs: Regs, bus: Bus, selector: int, pointer: int, descriptor: Descriptor | None) -> None:
+    def __init__(
+        self, regs: Regs, bus: Bus, selector: int, pointer: int, descriptor: Descriptor | None, external: int
+    ) -> None:
         self.regs = regs
         self.bus = bus
         self.selector = selector
         self.pointer = pointer
         self.descriptor = descriptor
+        self.external = external
 
     def push(self, size: int, value: int) -> None:
-        """One value; #SS(0) if it does not fit. In long mode the stack is flat and must be canonical."""
+        """One value; #SS if it does not fit. In long mode the stack is flat and must be canonical."""
         descriptor = self.descriptor
         if descriptor is None:
             self.pointer = self.pointer - size & MASK64
             if not is_canonical(self.regs, self.pointer):
-                raise Fault(VECTOR_SS, 0)
+                raise Fault(VECTOR_SS, self.external)
             self.bus.store_system(self.regs, self.pointer, size, value & MASK64)
             return
         mask = MASK32 if descriptor.rights & RIGHTS_DB else 0xFFFF
@@ -79,7 +82,7 @@ class NewStack:
         else:
             inside = offset + size - 1 <= descriptor.limit
         if not inside:
-            raise Fault(VECTOR_SS, self.selector & 0xFFFC)
+            raise Fault(VECTOR_SS, self.selector & 0xFFFC | self.external)
         self.bus.store_system(self.regs, descriptor.base + offset & MASK32, size, value & (1 << 8 * size) - 1)
 
     def install(self) -> None:
@@ -99,7 +102,8 @@ def inner_stack(regs: Regs, bus: Bus, level: int, external: int, ist: int = 0) -
         place = 0x1C + 8 * ist if ist else 4 + 8 * level
         if tss.rights & RIGHTS_UNUSABLE or place + 7 > tss.limit:
             raise Fault(VECTOR_TS, error)
-        return NewStack(regs, bus, level, bus.load_system(regs, table_address(regs, tss.base + place), 8), None)
+        pointer = bus.load_system(regs, table_address(regs, tss.base + place), 8)
+        return NewStack(regs, bus, level, pointer, None, external)
     if tss.rights & 0xD != 9:
         # A 16-bit TSS.
         raise Unsupported
@@ -111,7 +115,7 @@ def inner_stack(regs: Regs, bus: Bus, level: int, external: int, ist: int = 0) -
     if selector & 0xFFFC == 0:
         raise Fault(VECTOR_TS, external)
     descriptor = check_stack_segment(regs, bus, selector, level, VECTOR_TS, VECTOR_SS, external)
-    return NewStack(regs, bus, selector, pointer, descriptor)
+    return NewStack(regs, bus, selector, pointer, descriptor, external)
 
 
 def deliver(regs: Regs, bus: Bus, vector: int, error_code: int, following: int, software: bool) -> None:
@@ -188,7 +192,7 @@ def _push_long(regs: Regs, bus: Bus, frame: list[int], inner: bool, level: int, 
     if inner or ist:
         stack = inner_stack(regs, bus, level, external, ist)
     else:
-        stack = NewStack(regs, bus, regs.segments[SS].selector, regs.gpr[RSP], None)
+        stack = NewStack(regs, bus, regs.segments[SS].selector, regs.gpr[RSP], None, external)
     stack.pointer &= ~15
     for value in frame:
         stack.push(8, value)
@@ -209,7 +213,7 @@ def _push_legacy(regs: Regs, bus: Bus, frame: list[int], inner: bool, level: int
     word = segment.base << 16 & 0xFFFFFF0000 | segment.base >> 24 << 56
     current = Descriptor(0, word | segment.rights << 40)
     current.limit = segment.limit
-    stack = NewStack(regs, bus, 0, regs.gpr[RSP], current)
+    stack = NewStack(regs, bus, 0, regs.gpr[RSP], current, external)
     for value in frame[2:]:
         stack.push(size, value)
     regs.gpr[RSP] = stack.pointer
@@ -254,11 +258,12 @@ def second_exception(first: int, second: Fault) -> Fault | None:
 def deliver_exception(regs: Regs, bus: Bus, fault: Fault) -> None:
     """Enter the handler of an exception, or of what becomes of it on the way. ``Unsupported`` passes through.
 
+    CR2 has the address of the last page fault, even if that becomes a double fault (SDM vol. 3, 6.15, interrupt 14).
     Raises ``TripleFault``.
     """
+    if fault.vector == VECTOR_PF:
+        regs.cr2 = fault.address
     while True:
-        if fault.vector == VECTOR_PF:
-            regs.cr2 = fault.address
         error_code = NO_ERROR_CODE if regs.real_mode else fault.error_code
         try:
             deliver(regs, bus, fault.vector, error_code, regs.rip, False)
@@ -266,6 +271,8 @@ def deliver_exception(regs: Regs, bus: Bus, fault: Fault) -> None:
         except Unsupported:
             raise
         except Fault as second:
+            if second.vector == VECTOR_PF:
+                regs.cr2 = second.address
             combined = second_exception(fault.vector, second)
             if combined is None:
                 raise TripleFault from second

@@ -47,6 +47,8 @@ from mmufuzz.x86.state import (
     FLAG_IF,
     FLAG_NT,
     FLAG_RF,
+    FLAG_VIF,
+    FLAG_VIP,
     FLAG_VM,
     MSR_FMASK,
     MSR_LSTAR,
@@ -311,6 +313,8 @@ def iret(regs: Regs, insn: Insn, bus: Bus) -> None:
         _real_code(regs, selector, offset)
         set_stack(regs, stack_offset(regs, 3 * size))
         set_flags(regs, flags, size)
+        if size > 2:
+            regs.rflags |= flags & FLAG_RF
         return
     if flags & FLAG_VM and size == 4 and regs.cpl == 0 and not regs.efer & EFER_LMA:
         raise Unsupported
@@ -321,7 +325,8 @@ def iret(regs: Regs, insn: Insn, bus: Bus) -> None:
     regs.cpl = old_cpl
     set_flags(regs, flags, size)
     if size > 2:
-        regs.rflags = regs.rflags & ~FLAG_RF | flags & FLAG_RF
+        changes = FLAG_RF if old_cpl else FLAG_RF | FLAG_VIF | FLAG_VIP
+        regs.rflags = regs.rflags & ~changes | flags & changes
     regs.cpl = new_cpl
 
 

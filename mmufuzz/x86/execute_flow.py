@@ -35,8 +35,6 @@ from mmufuzz.x86.state import (
     FLAG_IOPL,
     FLAG_NT,
     FLAG_RF,
-    FLAG_VIF,
-    FLAG_VIP,
     FLAG_VM,
     FLAG_ZF,
     VECTOR_GP,
@@ -226,13 +224,11 @@ def pop_flags(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 
 def set_flags(regs: Regs, value: int, size: int) -> None:
-    """Load RFLAGS from ``size`` bytes as POPF and IRET do outside virtual-8086 mode. RF is cleared, VM kept."""
+    """Load RFLAGS from ``size`` bytes as POPF does outside virtual-8086 mode: RF is cleared; VM, VIF, VIP are kept."""
     changes = _POPF_FLAGS if size == 2 else _POPF_FLAGS32
     if regs.cpl == 0:
         changes |= FLAG_IOPL | FLAG_IF
     elif regs.cpl <= regs.rflags >> 12 & 3:
         changes |= FLAG_IF
     keep = MASK32 ^ (changes | FLAG_RF)
-    if size > 2:
-        keep &= ~(FLAG_VIF | FLAG_VIP)
     regs.rflags = regs.rflags & keep | value & changes | FLAG_FIXED

@@ -283,9 +283,9 @@ class Machine:
                 if regs.rip == end:
                     made.stop = STOP_END
                     break
-                if self.interrupts and self.interrupts[0][0] <= count and regs.rflags & FLAG_IF and not regs.shadow:
-                    deliver(regs, bus, self.interrupts.pop(0)[1], NO_ERROR_CODE, regs.rip, False)
                 try:
+                    if self.interrupts and self.interrupts[0][0] <= count and regs.rflags & FLAG_IF and not regs.shadow:
+                        deliver(regs, bus, self.interrupts.pop(0)[1], NO_ERROR_CODE, regs.rip, False)
                     insn = self.fetch()
                     length = insn.length
                     execute_insn(regs, insn, bus)

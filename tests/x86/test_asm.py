@@ -149,6 +149,11 @@ def test_disassembled_text_assembles_to_the_same_meaning(
         ("xchg rbx, [rax]", "488718"),
         ("sal eax, 1", "d1e0"),
         ("jnz 5", "7505"),
+        ("jecxz 5", "67e305"),
+        ("call far dword [rax]", "ff18"),
+        ("callf fword [rax]", "ff18"),
+        ("jmp far word [rax]", "66ff28"),
+        ("jmp far qword [rax]", "48ff28"),
         ("fstp tbyte [rax]", "db38"),
         ("mov eax, [8*rcx + rdx]", "8b04ca"),
         ("mov eax, [rcx + rsp]", "8b040c"),
@@ -196,6 +201,7 @@ def test_xchg_eax_eax_is_not_nop_because_it_clears_the_upper_half() -> None:
         "mov al, 300", "mov al, -129", "add rax, 0x80000000", "jmp 0x80000000", "mov eax, [1 << 70]",
         "mov eax, [0x10000000000000000]", "mov cr9, rax", "mov cr1, rax",
         "mov eax, dword", "mov eax, []",
+        "jcxz 5", "call far [rax]", "mov cs, ax", "pop cs",
         "lock mov [rax], ecx", "lock add eax, [rbx]", "lock inc eax", "rep inc eax", "stosd xmm0, [rax]",
     ],
 )  # fmt: skip
@@ -205,7 +211,7 @@ def test_what_has_no_encoding_is_an_error(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["mov rax, 1", "mov r8d, 1", "mov [rax], ecx", "stosq", "mov sil, 1", "cmpxchg16b [eax]"]
+    "text", ["mov rax, 1", "jrcxz 5", "mov r8d, 1", "mov [rax], ecx", "stosq", "mov sil, 1", "cmpxchg16b [eax]"]
 )
 def test_64_bit_operands_are_errors_in_32_bit_code(text: str) -> None:
     with pytest.raises(AsmError):

@@ -316,6 +316,14 @@ def test_control_registers_are_0_2_3_4_and_8(code: str, known: bool) -> None:
     assert isinstance(outcome(bytes.fromhex(code)), Insn) == known
 
 
+@pytest.mark.parametrize("code", ["0f01ca", "0f01cb", "0f01d0", "0f01d1", "0f01ee", "0f01ef"])
+def test_instructions_that_a_whole_modrm_names_take_no_mandatory_prefix(code: str) -> None:
+    assert isinstance(outcome(bytes.fromhex(code)), Insn)
+    for prefix in ("66", "f2", "f3"):
+        assert outcome(bytes.fromhex(prefix + code)) == UD
+        check_against_iced(bytes.fromhex(prefix + code), True)
+
+
 def test_mov_cr_ignores_mod_and_operand_size() -> None:
     (register, control) = decoded("660f2018").operands
     assert (register.kind, register.size, register.index, control.index) == (REG, 8, 0, 3)

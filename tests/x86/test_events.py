@@ -6,14 +6,17 @@ import pytest
 from descriptor_tables import (
     ABSENT,
     CODE0,
+    CODE0_32,
     CODE3,
     DATA0,
     DATA3,
     GDT,
     HANDLER,
+    IDT,
     READ_ONLY,
     SMALL,
     STACK,
+    TSS,
     TSS_SELECTOR,
     asm,
     descriptor,
@@ -22,12 +25,17 @@ from descriptor_tables import (
     in_code0,
     run,
     stack_words,
+    tables,
 )
+from flatbus import RSP, FlatBus
 
 from mmufuzz.x86 import execute
 from mmufuzz.x86.breakpoints import code_breakpoint
+from mmufuzz.x86.event import TripleFault, deliver_exception
 from mmufuzz.x86.flat_registers import initial_registers
-from mmufuzz.x86.state import SHADOW_MOV_SS, SHADOW_STI
+from mmufuzz.x86.insn import CS
+from mmufuzz.x86.segments import install
+from mmufuzz.x86.state import SHADOW_MOV_SS, SHADOW_STI, Fault
 
 MODES = pytest.mark.parametrize("mode", [64, 32])
 
@@ -233,6 +241,99 @@ def test_an_interrupt_stack_table_entry_switches_even_at_cpl_0() -> None:
     ltr = asm(f"mov eax, {TSS_SELECTOR}", "ltr ax")
     code = in_code0(64, ltr + asm("int 0x30"))
     assert run(64, code, {0x30: gate(HANDLER, CODE0, ist=1)}).registers["rsp"] == STACK + 0x400 - 40
+
+
+def test_int1_needs_no_privilege_and_is_a_debug_exception() -> None:
+    code = enter_user(32, 0x1080)
+    made = run(32, code + b"\xf1", {1: gate(HANDLER, CODE0), 13: gate(HANDLER + 4, CODE0)})
+    # It is a trap: the handler returns behind it.
+    assert (made.registers["eip"], stack_words(made, 4, 1)) == (HANDLER + 1, [0x1081])
+    made = run(32, code + b"\xcd\x01", {1: gate(HANDLER, CODE0), 13: gate(HANDLER + 4, CODE0)})
+    assert (made.registers["eip"], stack_words(made, 4, 2)) == (HANDLER + 5, [1 << 3 | 2, 0x1080])
+
+
+@pytest.mark.parametrize(("kind", "enabled"), [(6, 0), (7, 0x200)], ids=["interrupt gate", "trap gate"])
+def test_a_16_bit_gate_has_a_16_bit_offset_and_frame(kind: int, enabled: int) -> None:
+    # The upper half of the offset means nothing to it.
+    low = gate(0x5000, CODE0, kind) | 0x1234 << 48
+    made = run(32, in_code0(32, asm("sti", "int 0x30", mode=32)), {0x30: low}, memory={0x5000: b"\xf4"})
+    assert (made.stop, made.registers["eip"], made.registers["esp"]) == ("halt", 0x5001, STACK + 0x200 - 6)
+    assert stack_words(made, 2, 3) == [0x1023, CODE0, 0x202]
+    assert made.registers["eflags"] & 0x200 == enabled
+
+
+@pytest.mark.parametrize(
+    ("mode", "selector", "error"),
+    [(64, 0, 0), (32, 0, 0), (64, DATA0, DATA0), (32, DATA0, DATA0), (64, CODE3, CODE3), (32, CODE3, CODE3),
+     (64, CODE0_32, CODE0_32), (32, 0xF8, 0xF8)],
+)  # fmt: skip
+@pytest.mark.parametrize("external", [0, 1])
+def test_the_code_of_a_gate_is_checked(mode: int, selector: int, error: int, external: int) -> None:
+    gates = {0x30: gate(HANDLER, selector, dpl=3), 13: gate(HANDLER, CODE0)}
+    more = {CODE0_32: descriptor(0x1B), 0x50: 0} if mode == 64 else {0x50: 0}
+    lines = ("sti", "nop", "nop") if external else ("int 0x30",)
+    interrupts = {0: 0x30} if external else None
+    made = run(mode, in_code0(mode, asm(*lines, mode=mode)), gates, descriptors=more, interrupts=interrupts)
+    at = 0x1022 if external else 0x1020
+    assert (made.stop, stack_words(made, mode // 8, 2)) == ("halt", [error | external, at])
+
+
+STACK_FAULT = {12: gate(HANDLER, CODE0, ist=1), 0x30: gate(HANDLER, CODE0), 6: gate(HANDLER, CODE0)}
+LOAD_TSS = asm(f"mov eax, {TSS_SELECTOR}", "ltr ax")
+
+
+@pytest.mark.parametrize(
+    ("lines", "interrupts", "external"),
+    [(("int 0x30",), None, 0), (("ud2",), None, 1), (("sti", "nop", "nop"), {0: 0x30}, 1)],
+    ids=["int", "exception", "interrupt"],
+)
+def test_the_stack_of_long_mode_must_be_canonical(
+    lines: tuple[str, ...], interrupts: dict[int, int] | None, external: int
+) -> None:
+    code = in_code0(64, LOAD_TSS + asm("mov rsp, 0x800000001000", *lines))
+    made = run(64, code, STACK_FAULT, interrupts=interrupts)
+    assert (made.stop, stack_words(made, 8, 1)) == ("halt", [external])
+
+
+@pytest.mark.parametrize(("line", "external"), [("int 0x30", 0), ("ud2", 1)])
+def test_a_frame_that_does_not_fit_is_a_stack_fault_with_the_selector_of_an_inner_stack(
+    line: str, external: int
+) -> None:
+    """#SS gets through because its code is conforming: it stays on the stack of CPL 3."""
+    tss = bytearray(0x68)
+    tss[4:10] = (STACK + 0x800).to_bytes(4, "little") + SMALL.to_bytes(2, "little")
+    conforming = {0x50: descriptor(0x1E)}
+    gates = {0x30: gate(HANDLER, CODE0, dpl=3), 6: gate(HANDLER, CODE0), 12: gate(HANDLER, 0x50), 13: 0}
+    code = enter_user(32, 0x1080) + asm(line, mode=32)
+    memory = {TSS: bytes(tss), HANDLER: b"\x90\xeb\xfe"}
+    made = run(32, code, gates, descriptors=conforming, memory=memory, max_instructions=40)
+    assert (made.stop, made.registers["cs"]) == ("limit", 0x53)
+    assert stack_words(made, 4, 1) == [SMALL | external]
+
+
+def test_the_stacks_of_a_16_bit_tss_are_not_modelled() -> None:
+    small = {TSS_SELECTOR: descriptor(0x1, base=TSS, limit=0x67, flags=0)}
+    code = enter_user(32, 0x1080) + asm("int 0x30", mode=32)
+    made = run(32, code, {0x30: gate(HANDLER, CODE0, dpl=3)}, descriptors=small)
+    assert (made.stop, made.registers["cpl"], made.registers["eip"]) == ("unsupported", 3, 0x1080)
+
+
+def test_cr2_is_that_of_the_last_page_fault_on_the_way() -> None:
+    """A page fault whose frame faults in turn is a double fault."""
+    regs = initial_registers(32)
+    install(regs, CS, CODE0, 0, 0xFFFFFFFF, 0xC09B)
+    regs.gdt_base, regs.gdt_limit, regs.idt_base, regs.idt_limit = GDT, 0xFF, IDT, 0x7FF
+    regs.gpr[RSP] = 0x3000
+    bus = FlatBus(0x20000)
+    for start, data in tables(32, {8: gate(HANDLER, CODE0), 14: gate(HANDLER + 0x10, CODE0)}, {}).items():
+        bus.memory[start : start + len(data)] = data
+    alone = regs.copy()
+    deliver_exception(alone, bus, Fault(14, 2, 0x123456))
+    assert (alone.cr2, alone.rip, bus.peek(0x2FF0, 4)) == (0x123456, HANDLER + 0x10, 2)
+    bus.deny(0x2FF8, 0x2FFC)
+    with pytest.raises(TripleFault):
+        deliver_exception(regs, bus, Fault(14, 2, 0x123456))
+    assert regs.cr2 == 0x2FF8
 
 
 @MODES

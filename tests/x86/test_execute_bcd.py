@@ -210,6 +210,12 @@ def test_an_unmasked_inexact_fbstp_stores_pops_and_waits_for_the_next_instructio
 # Faults.
 
 
+@pytest.mark.parametrize(("code", "vector", "ax"), [("d400", 0, 0x1234), ("d40a", -1, 0x0502), ("d500", -1, 0x0034)])
+def test_aam_of_base_0_divides_by_zero_and_aad_does_not(code: str, vector: int, ax: int) -> None:
+    made = execute(bytes.fromhex(code), mode=32, registers={"eax": 0x1234})
+    assert (made.vector, made.registers["eax"]) == (vector, ax)
+
+
 @pytest.mark.parametrize("line", ["fbld [rbx]", "fbstp [rbx]"])
 @pytest.mark.parametrize(
     ("registers", "vector"),

@@ -224,6 +224,25 @@ def test_a_store_narrows(extended: int, single: int) -> None:
     assert int.from_bytes(made.memory[DATA][:4], "little") == single
 
 
+UNDERFLOW, INEXACT = 0x10, 0x20
+
+
+@pytest.mark.parametrize(
+    ("extended", "single", "flags"),
+    [
+        (0x3F7F8000000000000000, 0x00200000, 0),
+        (0x3F7F8000000000000001, 0x00200000, UNDERFLOW | INEXACT),
+        (0x3F80FFFFFF0000000000, 0x00800000, UNDERFLOW | INEXACT),
+        (0x3F80FFFFFF8000000000, 0x00800000, INEXACT),
+    ],
+    ids=["exact", "inexact", "rounds to normal as a denormal", "rounds to normal"],
+)
+def test_tininess_is_detected_after_rounding_to_full_precision(extended: int, single: int, flags: int) -> None:
+    made = run("fstp dword [rbx]", fpr0=extended, ftw=1)
+    assert int.from_bytes(made.memory[DATA][:4], "little") == single
+    assert made.registers["fsw"] & (UNDERFLOW | INEXACT) == flags
+
+
 @pytest.mark.parametrize(
     ("rounding", "single"), [(NEAREST, 0x7F800000), (DOWN, 0x7F7FFFFF), (UP, 0x7F800000), (ZERO, 0x7F7FFFFF)]
 )

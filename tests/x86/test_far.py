@@ -120,6 +120,27 @@ def test_a_call_gate_of_long_mode_must_lie_within_the_table_with_both_halves() -
     assert (made.vector, made.error_code) == (13, GATE)
 
 
+def test_an_offset_of_64_bits_must_be_canonical() -> None:
+    jump = in_code0(64, asm("mov [rbx], rcx", f"mov word [rbx + 8], {CODE0}", "jmp far qword [rbx]"))
+    made = run(64, jump, registers={"rbx": POINTER, "rcx": 1 << 47})
+    assert (made.vector, made.error_code) == (13, 0)
+    made = run(64, jump, registers={"rbx": POINTER, "rcx": (1 << 47) - 2})
+    assert (made.stop, made.address) == ("unmapped", (1 << 47) - 2)
+
+
+@pytest.mark.parametrize(
+    ("high", "stop", "vector", "address"),
+    [(0x8000, "exception", 13, 0), (0x7FFF, "unmapped", -1, 0x7FFF << 32 | HANDLER)],
+)
+def test_a_call_gate_leads_from_compatibility_mode_to_canonical_code(
+    high: int, stop: str, vector: int, address: int
+) -> None:
+    descriptors = {GATE: call_gate(HANDLER, CODE0), GATE + 8: high, CODE0_32: descriptor(0x1B)}
+    code = far(64, "jmpf", CODE0_32, 0x1080).ljust(0x80, b"\x90") + far(32, "callf", GATE)
+    made = run(64, code, descriptors=descriptors)
+    assert (made.stop, made.vector, made.address) == (stop, vector, address)
+
+
 @pytest.mark.parametrize(("mode", "stop"), [(64, "exception"), (32, "unsupported")])
 def test_a_task_switch_is_not_modelled_and_long_mode_has_none(mode: int, stop: str) -> None:
     made = run(mode, far(mode, "jmpf", TSS_SELECTOR), descriptors={GATE: 0})
@@ -282,6 +303,41 @@ def test_iret_of_a_nested_task_and_to_virtual_8086_mode_are_not_modelled() -> No
     assert run(64, asm("push 0x4002", "popfq", "iretq")).vector == 13
     virtual = asm("push 0x20002", "push 8", "push 0x1000", "iretd", mode=32)
     assert run(32, virtual).stop == "unsupported"
+
+
+VIF_VIP = 3 << 19
+
+
+@MODES
+def test_iret_at_cpl_0_loads_vif_and_vip_and_popf_leaves_them_alone(mode: int) -> None:
+    size = mode // 8
+    flags = "rflags" if mode == 64 else "eflags"
+    back = asm(f"push {CODE0}", "push 0x1060", mode=mode) + (b"\x48\xcf" if size == 8 else b"\xcf")
+    stack = asm(f"push {DATA0}", f"push {STACK + 0x100}", mode=mode) if size == 8 else b""
+    load = in_code0(mode, stack + asm(f"push {VIF_VIP | 2}", mode=mode) + back).ljust(0x60, b"\xf4")
+    assert run(mode, load).registers[flags] & VIF_VIP == VIF_VIP
+    assert run(mode, load + asm("push 2", "popf", mode=mode)).registers[flags] & VIF_VIP == VIF_VIP
+    made = run(mode, in_code0(mode, asm(f"push {VIF_VIP | 2}", "popf", mode=mode)))
+    assert (made.stop, made.registers[flags] & VIF_VIP) == ("end", 0)
+
+
+@pytest.mark.parametrize(("size", "line", "resume"), [(4, "iretd", 0x10000), (2, "iretw", 0)])
+def test_only_an_iret_of_more_than_16_bits_loads_rf(size: int, line: str, resume: int) -> None:
+    frame = b"".join(value.to_bytes(size, "little") for value in (0x1060, CODE0, 0x10002 & (1 << 8 * size) - 1))
+    code = in_code0(32, asm("mov esp, 0x16000", line, mode=32)).ljust(0x60, b"\xf4")
+    made = run(32, code, memory={0x16000: frame})
+    assert (made.stop, made.registers["eflags"] & 0x10000) == ("end", resume)
+
+
+@MODES
+def test_iret_of_user_code_leaves_vif_and_vip_alone(mode: int) -> None:
+    size = mode // 8
+    frame = [f"push {CODE3 | 3}", "push 0x10c0"]
+    stack = [f"push {DATA3 | 3}", f"push {STACK + 0x100}"] if size == 8 else []
+    code = enter_user(mode, 0x1080) + asm(*stack, f"push {VIF_VIP | 0x10002}", *frame, mode=mode)
+    made = run(mode, (code + (b"\x48\xcf" if size == 8 else b"\xcf")).ljust(0xC0, b"\xf4"))
+    assert (made.stop, made.registers["cpl"]) == ("end", 3)
+    assert made.registers["rflags" if mode == 64 else "eflags"] & (VIF_VIP | 0x10000) == 0x10000
 
 
 # Fast returns.

@@ -60,6 +60,33 @@ def test_an_access_may_go_on_in_memory_that_touches() -> None:
     assert execute(code("mov eax, [rbx]"), registers={"rbx": DATA}, memory=memory).registers["rax"] == 0x44332211
 
 
+def test_a_store_may_go_on_in_memory_that_touches_code_among_it() -> None:
+    store = code("mov [rbx], rcx")
+    # INC EAX and three NOPs behind the code become INC EDX by the upper half of the store.
+    at = 0x1000 + len(store)
+    made = execute(
+        store + code("inc eax"),
+        registers={"rbx": at - 1, "rcx": int.from_bytes(store[-1:] + code("inc edx", "inc edx", "nop"), "little")},
+        memory={at + 2: b"\x11" * 8},
+    )
+    assert (made.stop, made.registers["rax"], made.registers["rdx"]) == ("end", 0, 1)
+    assert made.memory[at + 2] == code("inc edx", "nop") + bytes(2) + b"\x11" * 3
+
+
+def test_code_beyond_the_limit_of_its_segment_is_gp() -> None:
+    jump = bytes.fromhex("66e9faff0000")
+    made = execute(jump, mode=16, origin=0, memory={0x10000: b"\xf4"})
+    assert (made.stop, made.vector, made.registers["eip"]) == ("exception", 13, 0)
+    # Execution may run off its end as well.
+    made = execute(b"\x90\x90", mode=16, origin=0xFFFF, memory={0x10001: b"\xf4"})
+    assert (made.stop, made.vector, made.instructions) == ("exception", 13, 1)
+
+
+def test_memory_of_no_bytes_is_no_memory() -> None:
+    made = execute(code("nop"), memory={0x1000: b"", DATA: b""})
+    assert (made.stop, list(made.memory)) == ("end", [0x1000])
+
+
 def test_an_unmodelled_instruction_is_unsupported() -> None:
     # ADDPS xmm0, xmm1: every 64-bit CPU has it.
     assert execute(bytes.fromhex("0f58c1")).stop == "unsupported"
@@ -88,6 +115,31 @@ def test_a_mode_has_its_registers(mode: int, name: str) -> None:
     assert made.registers[name] == 5
 
 
+@pytest.mark.parametrize("mode", [64, 32, 16])
+def test_every_register_is_taken_by_the_name_it_comes_back_by(mode: int) -> None:
+    """Each alone, with a value that fits and leaves the machine in its mode."""
+    names = execute(b"\x90", mode=mode).registers
+    for number, name in enumerate(names):
+        if name in ("rip", "eip"):
+            continue
+        value = {"rflags": 0x203, "eflags": 0x203, "cpl": 0, "cr0": names["cr0"] | 8}.get(name, number % 13 + 1)
+        if name == "efer":
+            value = names["efer"] | 1
+        if name in ("cs", "cs_base"):
+            value = 0
+        made = execute(b"\x90", mode=mode, registers={name: value}).registers
+        assert made[name] == value
+        # A selector of real-address mode has a base; nothing else moves.
+        moved = {other for other in names if made[other] != names[other]} - {name, "rip", "eip"}
+        assert moved == ({name + "_base"} if mode == 16 and name in ("es", "ss", "ds", "fs", "gs") else set())
+
+
+def test_an_xmm_register_is_the_low_half_of_its_ymm_register() -> None:
+    assert execute(b"\x90", registers={"xmm3": (1 << 128) - 1}).registers["ymm3"] == (1 << 128) - 1
+    with pytest.raises(ValueError, match="expected a value of 128 bits"):
+        execute(b"\x90", registers={"xmm3": 1 << 128})
+
+
 def test_16_bit_mode_runs_real_address_code() -> None:
     # MOV AX, [BX]; ADD AX, CX: DS is 0x800.
     made = execute(bytes.fromhex("8b0701c8"), mode=16, registers={"ds": 0x800, "ecx": 1}, memory={DATA: b"\x34\x12"})
@@ -112,6 +164,7 @@ def test_rdtsc_reads_the_argument() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"code": b""}, "code: expected at least one byte"),
         ({"mode": 8}, "mode 8: expected 64, 32 or 16"),
         ({"registers": {"eax": 1}}, "register 'eax': 64-bit code has no such register"),
         ({"registers": {"rax": 1 << 64}}, "register 'rax': expected a value of 64 bits, got 0x10000000000000000"),
@@ -122,7 +175,7 @@ def test_rdtsc_reads_the_argument() -> None:
 )
 def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        execute(b"\x90", **arguments)  # type: ignore[arg-type]  # wrong on purpose
+        execute(**{"code": b"\x90", **arguments})  # type: ignore[arg-type]  # wrong on purpose
 
 
 def everything(made: Execution) -> tuple[object, ...]:

@@ -238,6 +238,16 @@ def test_what_reaches_into_other_pcids(operation: object) -> None:
 # Rights that registers decide take effect at once, and faults are never stale.
 
 
+@pytest.mark.parametrize(("cpl", "filled"), [(0, True), (3, False)])
+def test_speculation_has_the_privilege_of_the_code(cpl: int, filled: bool) -> None:
+    unit = long_mode()
+    remap(unit, ALL & ~PTE_U, PAGE)
+    assert unit.fill(GVA, ACCESS_READ, cpl=cpl) == filled
+    # What it has cached serves until it is invalidated.
+    remap(unit)
+    assert frame(unit) == (PAGE if filled else OTHER_PAGE)
+
+
 def test_a_permission_upgrade_is_seen_without_invalidation() -> None:
     unit = long_mode()
     remap(unit, PTE_P)

@@ -8,6 +8,7 @@ from descriptor_tables import (
     DATA0,
     DATA3,
     GDT,
+    HANDLER,
     READ_ONLY,
     SMALL,
     STACK,
@@ -19,8 +20,11 @@ from descriptor_tables import (
     gate,
     run,
 )
+from flatbus import FlatBus, machine
+from flatbus import run as step
 
 from mmufuzz.x86 import Execution, execute
+from mmufuzz.x86.state import Fault
 
 MODES = pytest.mark.parametrize("mode", [64, 32])
 DATA = STACK + 0x800
@@ -356,6 +360,46 @@ def test_zf_tells_whether_a_selector_may_be_used(mode: int, line: str, selector:
         assert made.registers["rbx" if mode == 64 else "ebx"] == 0x5555
 
 
+@pytest.mark.parametrize("line", ["lar eax, eax", "lsl eax, eax", "verr ax", "verw ax"])
+def test_a_table_that_cannot_be_read_is_a_page_fault_all_the_same(line: str) -> None:
+    regs = machine(mode64=False)
+    regs.gdt_base, regs.gdt_limit, regs.gpr[0] = 0x800, 0xFF, DATA0
+    bus = FlatBus(0x4000)
+    bus.deny(0x800, 0x900)
+    before = regs.words()
+    with pytest.raises(Fault) as raised:
+        step(line, regs, bus, False)
+    assert (raised.value.vector, raised.value.address) == (14, 0x800 + DATA0)
+    assert regs.words() == before
+
+
+@pytest.mark.parametrize(
+    ("cpl", "iopl", "before", "loaded", "after"),
+    [(3, 3, 0, 0x200, 0x200), (3, 3, 0x200, 0, 0), (3, 2, 0, 0x200, 0), (3, 2, 0x200, 0, 0x200),
+     (1, 1, 0, 0x200, 0x200), (0, 0, 0, 0x200, 0x200)],
+)  # fmt: skip
+def test_popf_changes_if_up_to_iopl_and_iopl_at_cpl_0(
+    cpl: int, iopl: int, before: int, loaded: int, after: int
+) -> None:
+    flags = {"cpl": cpl, "rflags": 2 | iopl << 12 | before}
+    made = run(64, asm(f"push {loaded | 1 << 12}", "popf"), registers=flags)
+    assert made.registers["rflags"] & 0x3200 == after | (1 if cpl == 0 else iopl) << 12
+
+
+def test_data_that_cannot_be_written_and_data_that_expands_down() -> None:
+    down = {0x50: descriptor(0x17, limit=STACK // 0x1000), 0x58: descriptor(0x15, limit=0, flags=0)}
+    for selector, line, offset, vector in (
+        (READ_ONLY, "mov ecx, [ebx]", STACK, -1),
+        (READ_ONLY, "mov [ebx], ecx", STACK, 13),
+        (0x50, "mov [ebx], ecx", STACK + 0xFFF, 13),
+        (0x50, "mov [ebx], ecx", HANDLER, -1),
+        (0x58, "mov ecx, [ebx]", 0xFFFD, 13),
+        (0x58, "mov [ebx], ecx", 0x10, 13),
+    ):
+        made = run(32, asm(f"mov eax, {selector}", "mov ds, eax", line, mode=32), None, {"ebx": offset}, down)
+        assert (made.vector, made.instructions) == (vector, 3 if vector < 0 else 2)
+
+
 def test_lar_and_lsl_show_rights_and_limit() -> None:
     lines = (f"mov eax, {DATA3}", "lar ebx, eax", "lsl ecx, eax", f"mov eax, {SMALL}", "lsl edx, eax")
     made = run(32, asm(*lines, mode=32))
@@ -467,6 +511,27 @@ def test_a_compacted_area_without_sse_resets_mxcsr() -> None:
     assert (made.registers["ymm0"], made.registers["mxcsr"]) == (0, 0x1F80)
 
 
+@pytest.mark.parametrize("name", ["xsave", "xsavec"])
+def test_xrstor_loads_mxcsr_with_sse_and_of_a_standard_area_with_avx(name: str) -> None:
+    """SDM vol. 1, 13.8.1 and 13.8.2."""
+    for wanted in range(1, 8):
+        lines = ("mov eax, 7", "xor edx, edx", f"{name} [rbx]", "ldmxcsr [rbx + 1024]", f"mov eax, {wanted}")
+        made = run(64, asm(*lines, "xrstor [rbx]"), registers={"rbx": DATA - 0x400, "mxcsr": 0x1FBF},
+                   memory={STACK: bytes(0x800) + 0x1F81.to_bytes(4, "little").ljust(0x800, b"\0")})  # fmt: skip
+        loaded = wanted & 2 or (wanted & 4 and name == "xsave")
+        assert (made.stop, made.registers["mxcsr"]) == ("end", 0x1FBF if loaded else 0x1F81)
+
+
+def test_ldmxcsr_takes_16_bits_and_stmxcsr_stores_them() -> None:
+    made = area("ldmxcsr [rbx]", "stmxcsr [rbx + 4]", "vldmxcsr [rbx]", "vstmxcsr [rbx + 8]")
+    assert made.registers["mxcsr"] == 0
+    for value in (0x1FBF, 0xFFFF):
+        made = area(f"mov dword [rbx], {value}", "ldmxcsr [rbx]", "stmxcsr [rbx + 4]")
+        assert (made.registers["mxcsr"], made.memory[STACK][0x804:0x808]) == (value, value.to_bytes(4, "little"))
+    made = area("mov dword [rbx], 0x10000", "ldmxcsr [rbx]", mxcsr=0x1F80)
+    assert (faults(made), made.registers["mxcsr"]) == ((13, 0), 0x1F80)
+
+
 @pytest.mark.parametrize(
     ("offset", "written"),
     [(512, 8), (520, 1), (528, 1), (24, 1 << 16)],
@@ -502,3 +567,8 @@ def test_avx_needs_its_state_enabled_and_vex_protected_mode() -> None:
 def test_mmx_raises_a_pending_exception_of_the_x87(line: str) -> None:
     assert area(line, fsw=0x81, fcw=0x37E).vector == 16
     assert area(line, fsw=1).stop == "end"
+
+
+@pytest.mark.parametrize("line", ["movq xmm0, xmm1", "movq xmm0, [rbx]", "movd xmm0, eax"])
+def test_sse_moves_of_the_same_names_do_not(line: str) -> None:
+    assert area(line, fsw=0x81, fcw=0x37E).stop == "end"
