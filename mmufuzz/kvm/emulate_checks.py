@@ -23,7 +23,6 @@ from mmufuzz.kvm.opcode_table import (
     CHECK_SVM_ADDRESS,
     CHECK_TSC,
     MMX,
-    MOV,
     NO64,
     PRIV,
     PROT,
@@ -72,7 +71,7 @@ def check_enabled(ctxt: X86EmulateCtxt) -> None:
 
 
 def _check_vector(ctxt: X86EmulateCtxt) -> None:
-    """CR4.OSFXSR counts as set, as for the executor. MMX operands are read once the x87 has no fault pending."""
+    """CR4.OSFXSR counts as set, as for the executor. Every MMX entry is a move: its destination is not read."""
     cr0 = ctxt.regs.cr0
     if cr0 & CR0_EM:
         raise Fault(VECTOR_UD)
@@ -82,8 +81,6 @@ def _check_vector(ctxt: X86EmulateCtxt) -> None:
         if ctxt.regs.fsw & SUMMARY:
             raise Fault(VECTOR_MF)
         _fetch_mmx(ctxt, ctxt.src)
-        if not ctxt.d & MOV:
-            _fetch_mmx(ctxt, ctxt.dst)
 
 
 def _fetch_mmx(ctxt: X86EmulateCtxt, operand: Operand) -> None:

@@ -121,8 +121,7 @@ def inject_event(vcpu: Vcpu, bus: Bus) -> VmExit | None:
     vcpu.exception = None
     vcpu.exception_injected = False
     vcpu.interrupt = None
-    if exception is None:
-        return None
+    assert exception is not None
     vmexit = deliver_event(vcpu, bus, exception, again)
     if vmexit is None and interrupt is not None and vcpu.irqchip is not None:
         return VmExit(EXIT_PREEMPTION_TIMER)

@@ -78,6 +78,12 @@ DEVIATIONS: Final[list[Deviation]] = [
         system.debug_detect,
     ),
     Deviation(
+        "io-bitmap",
+        "of the two bytes of the I/O bitmap that count only the first must lie in the TSS, which may be a 16-bit one",
+        "emulator_io_port_access_allowed",
+        results.io_bitmap,
+    ),
+    Deviation(
         "mmx-fault",
         "an MMX store that faults has marked the x87 registers as in use",
         "fetch_possible_mmx_operand",

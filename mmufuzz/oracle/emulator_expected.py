@@ -26,7 +26,7 @@ from mmufuzz.x86 import alu
 from mmufuzz.x86.decode import Truncated, Unsupported
 from mmufuzz.x86.execute_operands import MASK32, MASK64, RAX, RCX, RDI, RSP, linear
 from mmufuzz.x86.execute_vector import enter_mmx
-from mmufuzz.x86.insn import ES, IMM, Insn, Operand, renamed
+from mmufuzz.x86.insn import ES, IMM, TR, Insn, Operand, renamed
 from mmufuzz.x86.opcodes import MNEMONICS
 from mmufuzz.x86.state import (
     FLAG_DF,
@@ -38,9 +38,12 @@ from mmufuzz.x86.state import (
     VECTOR_SS,
     VECTOR_UD,
     Fault,
+    Segment,
 )
 
 _R8: Final = 8
+_TSS_LIMIT: Final = 0x67
+"""Of the smallest TSS of 32 or 64 bits."""
 
 
 def segment_fault(made: Comparison) -> bool:
@@ -216,7 +219,22 @@ def undefined_prefix(made: Comparison) -> Comparison | None:
     return again(made, insn)
 
 
-# REP INS.
+# Ports.
+
+
+def io_bitmap(made: Comparison) -> Comparison | None:
+    """An I/O bitmap of a 16-bit TSS, or whose last byte is the TSS's last: as in a 32-bit TSS of a byte more."""
+    insn = made.insn
+    tss = made.after.segments[TR]
+    if insn is None or made.decoded.name not in ("in", "ins", "out", "outs") or tss.limit < _TSS_LIMIT:
+        return None
+    if made.expected_vector != VECTOR_GP or made.emulated_vector == VECTOR_GP:
+        return None
+    regs = made.origin()
+    after = made.after.copy()
+    regs.segments[TR] = Segment(tss.selector, tss.base, tss.limit + 1, tss.rights | 8)
+    after.segments[TR] = regs.segments[TR].copy()
+    return translated(made, insn, regs, after, made.accesses)
 
 
 def read_ahead(made: Comparison) -> Comparison | None:

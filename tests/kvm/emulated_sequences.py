@@ -7,9 +7,9 @@ accesses, as the oracle of a run does it. Either difference has to be on the lis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from flatbus import FlatBus
+from flatbus import RSP, FlatBus
 
 from mmufuzz.case.encodings import edge_value, encode
 from mmufuzz.case.rng import Rng
@@ -59,6 +59,7 @@ from mmufuzz.x86.state import (
 )
 
 SIZE = 0x10000
+DATA = 0x1000
 DATA_END = 0x4000
 GDT = 0x7000
 CODE = 0x8000
@@ -326,3 +327,39 @@ class Comparer:
             what = f"{made.differences} {made.emulated_vector} {made.expected_vector} cpl {made.before.cpl}"
             self.unexplained.append(f"{self.bits}-bit {code.hex()} {made.decoded.name} {how}: {what}")
         return name
+
+
+# One instruction.
+
+
+class Shown:
+    """One instruction, ``code``, after ``setup``."""
+
+    def __init__(self, bits: int, code: str, setup: Callable[[Regs, Memory], None]) -> None:
+        self.bits = bits
+        self.code = bytes.fromhex(code)
+        self.setup = setup
+
+
+def no_plant(ctxt: X86EmulateCtxt) -> None:
+    """The emulator as it is."""
+
+
+def compared(shown: Shown, plant: Callable[[X86EmulateCtxt], None] = no_plant) -> Comparison:
+    """The instruction on both sides; ``plant`` adds an error to what the emulator has done."""
+    regs = initial_registers(shown.bits)
+    regs.rip = CODE
+    regs.gpr[RSP] = 0x2000
+    regs.gdt_base = GDT
+    regs.gdt_limit = 0xFF
+    bus = Memory(SIZE)
+    bus.poke(CODE, len(shown.code), int.from_bytes(shown.code, "little"))
+    shown.setup(regs, bus)
+    before = regs.copy()
+    ctxt = emulator(regs, bus)
+    assert emulate(ctxt) == EMULATION_OK
+    plant(ctxt)
+    made = Comparison(ctxt.insn, before, regs)
+    made.fault = ctxt.exception if ctxt.have_exception else None
+    replay(made, ctxt.code, ctxt.accesses, Replay())
+    return made

@@ -9,19 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from emulated_sequences import CODE, GDT, SIZE, Comparer, Memory, emulate, emulator
+from emulated_sequences import CODE, DATA, GDT, SIZE, Comparer, Memory, Shown, compared
 
-from mmufuzz.kvm.emulate import EMULATION_OK
 from mmufuzz.kvm.emulate_ctxt import CMPXCHG, SYSTEM, WRITE, Access, X86EmulateCtxt
 from mmufuzz.kvm.emulate_handlers import EXECUTE, cannot_emulate
 from mmufuzz.kvm.fixes import behaviours
 from mmufuzz.kvm.opcode_table import NAMES
 from mmufuzz.kvm.switches import Fixes
-from mmufuzz.oracle.emulator_compare import Comparison, replay
 from mmufuzz.oracle.emulator_deviations import DEVIATIONS, explain
-from mmufuzz.oracle.emulator_replay import Replay
-from mmufuzz.x86.flat_registers import initial_registers
-from mmufuzz.x86.insn import DS, ES, LDTR, SS
+from mmufuzz.x86.insn import DS, ES, LDTR, SS, TR
 from mmufuzz.x86.paging import CR4_LA57
 from mmufuzz.x86.segments import install
 from mmufuzz.x86.state import (
@@ -40,7 +36,6 @@ from mmufuzz.x86.state import (
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 BITS = pytest.mark.parametrize("bits", [64, 32, 16])
-DATA = 0x1000
 
 
 @BITS
@@ -108,39 +103,6 @@ def test_an_emulator_without_a_fix_differs(fix: str) -> None:
 # The deviations one by one.
 
 
-class Shown:
-    """``code`` after ``setup`` shows a deviation."""
-
-    def __init__(self, bits: int, code: str, setup: Callable[[Regs, Memory], None]) -> None:
-        self.bits = bits
-        self.code = bytes.fromhex(code)
-        self.setup = setup
-
-
-def no_plant(ctxt: X86EmulateCtxt) -> None:
-    """The emulator as it is."""
-
-
-def compared(shown: Shown, plant: Callable[[X86EmulateCtxt], None] = no_plant) -> Comparison:
-    """The instruction on both sides; ``plant`` adds an error to what the emulator has done."""
-    regs = initial_registers(shown.bits)
-    regs.rip = CODE
-    regs.gpr[RSP] = 0x2000
-    regs.gdt_base = GDT
-    regs.gdt_limit = 0xFF
-    bus = Memory(SIZE)
-    bus.poke(CODE, len(shown.code), int.from_bytes(shown.code, "little"))
-    shown.setup(regs, bus)
-    before = regs.copy()
-    ctxt = emulator(regs, bus)
-    assert emulate(ctxt) == EMULATION_OK
-    plant(ctxt)
-    made = Comparison(ctxt.insn, before, regs)
-    made.fault = ctxt.exception if ctxt.have_exception else None
-    replay(made, ctxt.code, ctxt.accesses, Replay())
-    return made
-
-
 def _nothing(regs: Regs, bus: Memory) -> None:
     pass
 
@@ -191,6 +153,17 @@ def _user(regs: Regs, bus: Memory) -> None:
 
 def _general_detect(regs: Regs, bus: Memory) -> None:
     regs.dr[7] |= 1 << 13
+
+
+def _task(limit: int, kind: int) -> Callable[[Regs, Memory], None]:
+    """User code with a TSS whose I/O bitmap is the two bytes at 0x68, and allows every port."""
+
+    def setup(regs: Regs, bus: Memory) -> None:
+        _user(regs, bus)
+        regs.segments[TR] = Segment(0x10, DATA, limit, kind)
+        bus.poke(DATA + 0x66, 4, 0x68)
+
+    return setup
 
 
 def _checked_for_alignment(regs: Regs, bus: Memory) -> None:
@@ -372,6 +345,7 @@ SHOWN: dict[str, Shown] = {
     "selector-width": Shown(64, "488c18", _at_data),
     "control-order": Shown(64, "0f20c8", _user),
     "debug-detect": Shown(64, "0f21f8", _general_detect),
+    "io-bitmap": Shown(64, "ec", _task(0x68, 0x8B)),
     "mmx-fault": Shown(64, "0f7f00", _page_is_absent),
     "segment-override": Shown(64, "368b00", _not_canonical),
     "canonical-first-byte": Shown(64, "488b00", _straddling),
@@ -433,6 +407,7 @@ OTHER_WAYS = [
     ("far-call", Shown(64, "ff18", _marked_before_the_push)),
     ("far-call", Shown(64, "ff18", _stack_above_4_gib)),
     ("far-call", Shown(16, "9a00000000", _second_push_faults)),
+    ("io-bitmap", Shown(32, "ee", _task(0x69, 0x83))),
     ("lldt-local", Shown(64, "0f0010", _local_table_and_selector_in_memory)),
     ("lldt-local", Shown(64, "0f00d0", _absent_local_table)),
     ("far-call", Shown(64, "ff18", _marked_before_the_limit)),

@@ -142,6 +142,12 @@ def test_emulated_control_register_writes_do_what_native_ones_do() -> None:
     assert m.vcpu().regs.cr2 == 6
 
 
+def test_an_emulated_write_of_cr8_takes_four_bits() -> None:
+    m = run(usual(), long4("fep mov cr8, rax", "fep mov cr8, rbx", "mov rcx, cr8", rax=9, rbx=16))
+    assert m.reg("rcx") == 9
+    assert m.vcpu().exceptions == [(VECTOR_GP, 0, 0, gva(CODE) + 16 + 5)]
+
+
 def test_an_emulated_cr0_write_changes_the_role() -> None:
     m = run(usual(), long4("fep mov cr0, rax", "nop", rax=1 << 31 | 1))
     assert not m.vcpu().regs.cr0 & CR0_WP

@@ -28,6 +28,7 @@ from mmufuzz.x86.state import (
     VECTOR_DB,
     VECTOR_DF,
     VECTOR_GP,
+    VECTOR_OF,
     VECTOR_PF,
     VECTOR_UD,
 )
@@ -36,6 +37,7 @@ SYSTEM, HANDLER, STACK = 6, 7, 8
 """Pages of a guest with an IDT: tables, handlers, stack."""
 GDT, IDT = 0, 0x100
 CODE64 = 0x00AF9B000000FFFF
+CODE32 = 0x00CF9B000000FFFF
 DATA64 = 0x00CF93000000FFFF
 
 
@@ -225,12 +227,37 @@ def test_a_write_protected_stack_is_unprotected_when_an_exception_is_pushed_on_i
     assert vectors(m) == [VECTOR_UD]
 
 
-def test_int_is_delivered_again_after_a_page_fault_on_its_stack() -> None:
-    tables = with_idt((0x21, "mov rsi, 5; iretq"), tables=table_as_stack())
-    m = idt("mov rax, [rcx]", "int 0x21", tables=tables, rcx=1 << 21, rsp=gva(0x14) + 0xF00)
+@pytest.mark.parametrize(("text", "vector"), [("int 0x21", 0x21), ("int3", VECTOR_BP)])
+def test_int_is_delivered_again_after_a_page_fault_on_its_stack(text: str, vector: int) -> None:
+    tables = with_idt((vector, "mov rsi, 5; iretq"), tables=table_as_stack())
+    m = idt("mov rax, [rcx]", text, tables=tables, rcx=1 << 21, rsp=gva(0x14) + 0xF00)
     assert m.marks["unprotect.reinjection"] == 1
     assert m.reg("rsi") == 5
     assert m.reg("rsp") == gva(0x14) + 0xF00
+
+
+@pytest.mark.parametrize("kernel", ["v6.1", "v6.12"])
+@pytest.mark.parametrize(("text", "vector"), [("into", VECTOR_OF), ("int3", VECTOR_BP), ("ud2", VECTOR_UD)])
+def test_without_paging_an_event_is_delivered_again_and_nothing_is_unprotected(
+    text: str, vector: int, kernel: str
+) -> None:
+    """The stack is not mapped yet, and there is no guest table that it could be."""
+    skip = "; add dword [esp], 2" if text == "ud2" else ""
+    tables = Tables().set(SYSTEM, 2, CODE32).set(SYSTEM, 62, 0xFFF | gva(SYSTEM) + GDT << 16)
+    tables.set(SYSTEM, 64, 0xFFF | gva(SYSTEM) + IDT << 16)
+    tables.set(SYSTEM, IDT // 8 + vector, gva(HANDLER) | 0x10 << 16 | 0x8E << 40)
+    code = b"".join(assemble(part, False) for part in f"mov esi, 5{skip}; iretd".split(";")).ljust(16, b"\x90")
+    for index in range(2):
+        tables.set(HANDLER, index, int.from_bytes(code[8 * index : 8 * index + 8], "little"))
+    regs = {"rsp": gva(STACK) + 0x800, "rbp": gva(SYSTEM, 62), "rcx": 0x7FFFFFFF}
+    steps = ("lgdt [ebp]; lidt [ebp + 16]", f"inc ecx; {text}", "mov eax, esi")
+    m = run(tables, flat32(*steps, **regs), kernel=kernel, fep=False)
+    assert m.marks["guest.idt"] == 1
+    assert (m.reg("rax"), m.reg("rsp")) == (5, gva(STACK) + 0x800)
+    assert m.passed("unprotect.reinjection") == m.passed("emulate") == 0
+    # Only hardware exceptions are logged. The two faults of the step are those of the frame and of the handler.
+    assert vectors(m) == ([VECTOR_UD] if text == "ud2" else [])
+    assert m.sites(step=1).count("mmu_lock.lock") == 2 and m.spte(gva(STACK))
 
 
 def test_an_event_that_is_emulated_over_is_dropped() -> None:
