@@ -13,7 +13,7 @@ from greenlet import GreenletExit
 from mypy_extensions import mypyc_attr
 
 from mmufuzz.host.buffers import Buffers
-from mmufuzz.host.deviation import EVICT, FILL, Deviation
+from mmufuzz.host.deviation import EVICT, Deviation
 from mmufuzz.host.fair import Fairness
 from mmufuzz.host.memory import Memory, mix
 from mmufuzz.host.replay import Record, Replay
@@ -371,7 +371,7 @@ class Host(Scheduler):
                 thread.history = mix(mix(thread.history, deviation.kind), mix(deviation.address, self.memory.digest))
             if deviation.kind == EVICT:
                 thread.body.evict(deviation.address)
-            elif deviation.kind == FILL:
+            else:
                 thread.body.fill(deviation.address)
 
     # Asking the strategy.

@@ -84,6 +84,7 @@ class Coherence:
         vcpu = self.kvm.vcpus[index]
         config = vcpu.paging
         since = self.history.invalidations[index].since(gva)
+        # Without NX and SMEP the error code of a fetch is that of a read, which faults wherever the fetch does.
         access = error_code & (ACCESS_WRITE | ACCESS_USER | ACCESS_FETCH)
         root = root_gfn(vcpu.regs.cr3)
         if config.paging:
@@ -91,10 +92,6 @@ class Coherence:
             if walks.faults(root, access, error_code):
                 if self.history.clock:
                     self._count_near(vcpu, walks.path, STALE_FAULT)
-                return
-            # Without NX and SMEP the error code does not say that it was a fetch.
-            fetch = access | ACCESS_FETCH
-            if not config.reports_fetch and self._walks(vcpu, gva, since).faults(root, fetch, error_code):
                 return
         self.sink.violated(
             "coherence",

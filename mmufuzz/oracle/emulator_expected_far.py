@@ -59,8 +59,7 @@ def _made_writes(made: Comparison, wanted: list[Access]) -> bool:
 def _stack_fault(made: Comparison) -> bool:
     """The emulator could not write to its stack, or not say so in a descriptor: what it had loaded is put back."""
     fault = made.fault
-    if fault is None:
-        return False
+    assert fault is not None
     if fault.vector == VECTOR_PF:
         return made.accesses[len(made.accesses) - 1].kind & ~SYSTEM == WRITE
     return fault.vector == VECTOR_SS and fault.error_code == 0

@@ -93,7 +93,7 @@ class Replay(Bus):
         return [self.accesses[place] for place in range(self.count) if _is_write(self.accesses[place])]
 
     def _check_fault(self, gva: int, size: int, write: bool) -> None:
-        """Raise the emulator's page fault if this access touches its page."""
+        """Raise the emulator's page fault, for the first byte of this access in its page, if there is one."""
         failed = self.failed
         fault = self.fault
         if failed is None or fault is None:
@@ -106,7 +106,11 @@ class Replay(Bus):
         if (failed.kind & SYSTEM != 0) != self.system:
             self.privilege = False
         error_code = fault.error_code & ~PFERR_WRITE | (PFERR_WRITE if write else 0)
-        raise Fault(VECTOR_PF, error_code, fault.address)
+        address = fault.address
+        if not failed.kind & SYSTEM:
+            # Which bytes of a descriptor a CPU writes to set a bit is its own affair.
+            address = (gva if gva & _PAGE == page else page) & self.mask
+        raise Fault(VECTOR_PF, error_code, address)
 
     def _in_failed(self, gva: int, size: int) -> bool:
         """Whether an access overlaps the one that failed. Addresses wrap."""

@@ -241,7 +241,7 @@ def table_levels(case: Case) -> dict[int, int]:
 def merge_frames(case: Case, gone: int, kept: int) -> Case:
     """With all that is in frame ``gone`` in frame ``kept``, and all that points at the one pointing at the other.
 
-    Where both frames have the same word, that of ``kept`` stays; if the two are entries that point at different
+    Where both frames have the same word, the one that comes first stays; if the two are entries that point at different
     frames, these are merged too.
     """
     moved = {gone: kept}

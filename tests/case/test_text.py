@@ -75,6 +75,22 @@ def test_any_other_text_is_refused_with_a_place(text: str) -> None:
         assert parse_deviation(deviation_line(deviation, NAMES), NAMES) == deviation
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("hold start", "expected the label of a store after 'hold', got 'start'"),
+        ("hold vcpu0@0.emul.store 1 until start", "expected the label of an event after 'until', got 'start'"),
+        ("evict vcpu0 0x10000000000000000 after start", "expected a 64-bit address"),
+        ("run vcpu0", "expected 'after"),
+        ("", "expected 'after"),
+    ],
+)
+def test_a_wrong_deviation_is_explained(text: str, expected: str) -> None:
+    with pytest.raises(CaseError) as error:
+        parse_deviation(text, NAMES, "here")
+    assert expected in error.value.expected
+
+
 def test_labels_out_of_range_can_still_be_printed() -> None:
     assert label_text(label(7, 3, GUEST_STORE, 2), NAMES) == "thread7@3.guest.store 2"
     assert label_text(label(0, 3, 200, 2), NAMES) == "vcpu0@3.site200 2"

@@ -93,6 +93,13 @@ BAD = [
     (replace(CASE, expect=Expect("finding", "No")), "expect.kind", "expected a kind of finding"),
     (replace(CASE, expect=Expect("finding", "", "a\nb")), "expect.fingerprint", "expected one line"),
     (replace(CASE, expect=Expect(reach=("a b",))), "expect.reach[0]", "expected the name of a mark"),
+    (replace(CASE, expect=Expect(reach=("a" * 101,))), "expect.reach[0]", "expected the name of a mark"),
+    (replace(CASE, revert=("a" * 101,)), "revert[0]", "expected the id of a fix"),
+    (replace(CASE, expect=Expect("finding", "", "a" * 501)), "expect.fingerprint", "expected one line"),
+    (replace(CASE, expect=Expect("finding", "", "é\x85")), "expect.fingerprint", "expected one line"),
+    (replace(CASE, expect=Expect("finding", "", "é\u2028")), "expect.fingerprint", "expected one line"),
+    (replace(CASE, expect=Expect("finding", "", "é\ud800")), "expect.fingerprint", "expected one line"),
+    (replace(CASE, comment="a" * 65537), "comment", "65536"),
     (replace(CASE, comment="\ud800"), "comment", "without surrogates"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import BASE, FENCE, YIELD, Op, Programs, ToyMachine, ld, lock, programs, run_toy, spin, store, unlock, xchg
@@ -148,6 +149,40 @@ def test_deviations_without_effect_are_not_recorded() -> None:
         Deviation(HOLD, nowhere, 0),
     )
     assert run_toy(program, schedule).schedule == ()
+
+
+def test_a_tlb_deviation_of_a_thread_that_is_not_there_has_no_effect() -> None:
+    """Reduction drops threads; nobody looks at a schedule that a Host follows."""
+    program = ((store(0, 1), ld(1)), (store(1, 1),))
+    stored = label(0, 0, WORD_STORE, 1)
+    plain = run_toy(program)
+    assert run_toy(program, (Deviation(EVICT, stored, 2, BOOT, BASE),)).digest == plain.digest
+
+
+def test_labels_count_on_in_a_step_that_comes_back() -> None:
+    class Looping(Body):
+        def __init__(self, host: Host) -> None:
+            self.host = host
+
+        def run(self) -> None:
+            thread = self.host.current
+            for step in (0, 0, 1, 0, 1):
+                thread.step = step
+                thread.store(WORD_STORE, BASE, step)
+
+    machine = ToyMachine(((),))
+    machine.host.threads.clear()
+    machine.host.spawn("looping", Looping(machine.host))
+    machine.host.run()
+    stores = [packed for packed, _, _ in machine.host.trace.entries() if label_site(packed) == WORD_STORE]
+    assert stores == [label(0, step, WORD_STORE, number) for step, number in ((0, 1), (0, 2), (1, 1), (0, 3), (1, 2))]
+
+
+def test_there_are_no_more_threads_than_labels_can_name() -> None:
+    machine = ToyMachine(((),) * (MAX_THREADS - 1))
+    machine.host.spawn("last", machine.bodies[0])
+    with pytest.raises(ValueError, match=f"more than {MAX_THREADS} threads"):
+        machine.host.spawn("one too many", machine.bodies[0])
 
 
 class Adversary(Strategy):

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from emulated_sequences import CODE, DATA, GDT, SIZE, Comparer, Memory, Shown, compared
 
-from mmufuzz.kvm.emulate_ctxt import CMPXCHG, SYSTEM, WRITE, Access, X86EmulateCtxt
+from mmufuzz.kvm.emulate_ctxt import CMPXCHG, READ, SYSTEM, WRITE, Access, X86EmulateCtxt
 from mmufuzz.kvm.emulate_handlers import EXECUTE, cannot_emulate
 from mmufuzz.kvm.fixes import behaviours
 from mmufuzz.kvm.opcode_table import NAMES
 from mmufuzz.kvm.switches import Fixes
+from mmufuzz.oracle.emulator_compare import ADDRESS, PRIVILEGE
 from mmufuzz.oracle.emulator_deviations import DEVIATIONS, explain
 from mmufuzz.x86.insn import DS, ES, LDTR, SS, TR
 from mmufuzz.x86.paging import CR4_LA57
@@ -26,7 +27,9 @@ from mmufuzz.x86.state import (
     FLAG_AC,
     FLAG_DF,
     MSR_SYSENTER_CS,
+    PFERR_WRITE,
     SHADOW_STI,
+    VECTOR_GP,
     VECTOR_NM,
     VECTOR_PF,
     Fault,
@@ -408,6 +411,8 @@ OTHER_WAYS = [
     ("far-call", Shown(64, "ff18", _stack_above_4_gib)),
     ("far-call", Shown(16, "9a00000000", _second_push_faults)),
     ("io-bitmap", Shown(32, "ee", _task(0x69, 0x83))),
+    ("undefined-prefix", Shown(64, "66670fc308", _at_data)),
+    ("undefined-prefix", Shown(64, "64f2660fc308", _at_data)),
     ("lldt-local", Shown(64, "0f0010", _local_table_and_selector_in_memory)),
     ("lldt-local", Shown(64, "0f00d0", _absent_local_table)),
     ("far-call", Shown(64, "ff18", _marked_before_the_limit)),
@@ -509,6 +514,104 @@ def test_a_deviation_explains_no_other_register(name: str, shown: Shown) -> None
         if explain(compared(shown, plant)):
             explained.append(index)
     assert explained == []
+
+
+def _refusal(ctxt: X86EmulateCtxt) -> None:
+    ctxt.have_exception = True
+    ctxt.exception = Fault(VECTOR_GP, 0)
+
+
+def _another_entry_read(ctxt: X86EmulateCtxt) -> None:
+    """As if INT had looked at another entry of the table."""
+    for access in ctxt.accesses:
+        if access.kind == READ | SYSTEM:
+            access.gva += 4
+
+
+def _null_pointer(regs: Regs, bus: Memory) -> None:
+    """A far pointer with a null selector."""
+    regs.gpr[RAX] = DATA
+
+
+@pytest.mark.parametrize(
+    ("shown", "plant"),
+    [
+        (Shown(64, "ff18", _stack_that_wraps), _refusal),
+        (Shown(64, "ff18", _null_pointer), _another_flag),
+        (Shown(16, "66cd21", _interrupt_table), _another_entry_read),
+        (Shown(16, "cd21", _no_interrupt_table), _another_entry_read),
+        (Shown(64, "480f35", _null_system_call_selector), _refusal),
+    ],
+    ids=["refused call", "null call", "interrupt", "interrupt beyond the limit", "refused sysexit"],
+)
+def test_no_deviation_explains_a_far_transfer_that_is_wrong(
+    shown: Shown, plant: Callable[[X86EmulateCtxt], None]
+) -> None:
+    made = compared(shown, plant)
+    assert made.differences
+    assert explain(made) == ""
+
+
+# Page faults, and the privilege of accesses.
+
+
+def _user_at(address: int) -> Callable[[Regs, Memory], None]:
+    """User code whose operand lies at ``address``; the page behind DATA's is absent."""
+
+    def setup(regs: Regs, bus: Memory) -> None:
+        _user(regs, bus)
+        regs.gpr[RAX] = address
+        bus.deny(DATA + 0x1000, DATA + 0x2000)
+
+    return setup
+
+
+LOADS = ["488b00", "480100", "0fc708", "48ff28", "0f1000"]
+PLACES = [(0x1000, 0x2000), (0x1010, 0x2010), (0xFFE, 0x2000)]
+
+
+@pytest.mark.parametrize(
+    ("code", "place", "address"),
+    [
+        *[(code, place, address) for code in LOADS for place, address in PLACES],
+        # A far pointer, which hardware reads in two pieces, of which the first is there.
+        ("48ff28", 0xFF8, 0x2000),
+    ],
+)
+def test_a_page_fault_has_the_address_of_the_first_byte_in_the_page(code: str, place: int, address: int) -> None:
+    def another_address(ctxt: X86EmulateCtxt) -> None:
+        fault = ctxt.exception
+        ctxt.exception = Fault(fault.vector, fault.error_code, fault.address + 1)
+
+    shown = Shown(64, code, _user_at(DATA + place))
+    made = compared(shown)
+    assert made.fault is not None
+    assert (made.fault.vector, made.fault.address, made.differences) == (VECTOR_PF, address, [])
+    made = compared(shown, another_address)
+    assert made.differences == [ADDRESS]
+    assert explain(made) == ""
+
+
+@pytest.mark.parametrize(("code", "place"), [("488b00", 0), ("488900", 0), ("488b00", 0x1000), ("488900", 0x1000)])
+def test_user_code_makes_user_accesses_also_if_they_fault(code: str, place: int) -> None:
+    def as_the_supervisor(ctxt: X86EmulateCtxt) -> None:
+        ctxt.accesses[0].kind |= SYSTEM
+
+    shown = Shown(64, code, _user_at(DATA + place))
+    assert compared(shown).differences == []
+    assert compared(shown, as_the_supervisor).differences == [PRIVILEGE]
+
+
+def test_an_operand_in_the_page_of_a_stack_that_cannot_be_written_is_read() -> None:
+    def setup(regs: Regs, bus: Memory) -> None:
+        regs.gpr[RAX] = 0x2800
+        regs.gpr[RSP] = 0x2408
+        bus.deny(0x2000, 0x3000, load=False)
+
+    made = compared(Shown(64, "ff30", setup))
+    assert made.fault is not None
+    assert (made.fault.vector, made.fault.error_code, made.fault.address) == (VECTOR_PF, PFERR_WRITE, 0x2400)
+    assert made.differences == []
 
 
 def test_the_documentation_lists_the_deviations() -> None:

@@ -33,12 +33,14 @@ from mmufuzz.x86.state import (
     MSR_SYSENTER_CS,
     MSR_SYSENTER_EIP,
     MSR_SYSENTER_ESP,
+    PFERR_WRITE,
     RIGHTS_UNUSABLE,
     VECTOR_DE,
     VECTOR_GP,
     VECTOR_MF,
     VECTOR_NM,
     VECTOR_NP,
+    VECTOR_PF,
     VECTOR_SS,
     VECTOR_UD,
     Regs,
@@ -301,6 +303,18 @@ def descriptor(word: int, high: int = 0) -> Setup:
 )
 def test_type_and_privilege_of_a_segment_are_checked_before_its_presence(code: str, word: int, vector: int) -> None:
     assert raised(alike(64, code, descriptor(word))) == (NONE if vector < 0 else (vector, SELECTOR))
+
+
+def test_a_descriptor_that_cannot_be_marked_accessed_is_a_page_fault() -> None:
+    """KVM reports the descriptor, the executor the byte: the oracle leaves that open."""
+
+    def setup(regs: Regs, bus: Memory) -> None:
+        descriptor(0x00CF92000000FFFF)(regs, bus)
+        bus.deny(GDT, GDT + 0x100, load=False)
+
+    made = alike(64, TO_DS, setup)
+    assert raised(made) == (VECTOR_PF, PFERR_WRITE)
+    assert made.after.segments[DS].selector == 0
 
 
 @pytest.mark.parametrize(("code", "word", "index"), [(LTR, TASK, TR), (LLDT, LOCAL, 6)])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from oracle_vms import DATA_GVA, Machine, case, load, long4, ran
 
-from mmufuzz.case.model import HostThread
+from mmufuzz.case.model import ZAP_ALL_FAST, HostThread
+from mmufuzz.host.deviation import RUN, Deviation
 from mmufuzz.host.lock import Lock
 from mmufuzz.host.sched import DEADLOCK, ENDED, EVENT_LIMIT, STOPPED, RunStop
+from mmufuzz.host.sites import BOOT
 from mmufuzz.host.thread import Body
 
 
@@ -56,6 +58,16 @@ def test_a_deadlock_names_what_is_waited_for() -> None:
     m = takers(("s", False), ("s", True), ("s", True))
     assert m.host.status == DEADLOCK
     assert m.found == [("deadlock", "waiting for slots_lock")]
+
+
+def test_a_halted_vcpu_may_be_part_of_a_deadlock() -> None:
+    """The thread that would interrupt it waits for a lock that nobody releases."""
+    m = Machine(case(long4(b"\xfb", b"\xf4", b"\x90"), host=[HostThread((ZAP_ALL_FAST, "interrupt vcpu0 0x20"))]))
+    m.host.spawn("host1", Taker([m.kvm.slots_lock], False))
+    m.host.follow([Deviation(RUN, BOOT, 2)])
+    m.run()
+    assert m.host.status == DEADLOCK
+    assert m.found == [("deadlock", "waiting for an interrupt, slots_lock")]
 
 
 def test_a_lock_released_by_a_stranger_is_found() -> None:

@@ -240,12 +240,21 @@ def test_threads_that_spin_fairly_are_searched_within_a_bound() -> None:
     assert len(result.outcomes) >= 1
 
 
-def test_a_program_that_does_not_repeat_is_noticed() -> None:
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        (SB, SB[:1], "did not come to|fewer options"),
+        ((*SB, SB[0]), SB, "offered fewer options than before"),
+        (SB, ((store(0, 1),), ()), "did not come to the choice"),
+    ],
+    ids=["no choice", "fewer options", "a shorter run"],
+)
+def test_a_program_that_does_not_repeat_is_noticed(first: Programs, then: Programs, message: str) -> None:
     calls = [0]
 
     def run_with(strategy: Strategy) -> Outcome:
         calls[0] += 1
-        return run_toy(SB if calls[0] == 1 else SB[:1], strategy=strategy)
+        return run_toy(first if calls[0] == 1 else then, strategy=strategy)
 
-    with pytest.raises(NondeterminismError):
+    with pytest.raises(NondeterminismError, match=message):
         explore(run_with, None, never, prune=False)

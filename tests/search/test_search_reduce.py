@@ -17,9 +17,9 @@ from mmufuzz.host.deviation import EVICT, HOLD, RUN, Deviation
 from mmufuzz.host.sites import BOOT, THREAD_END, WORD_LOAD, WORD_STORE, label
 from mmufuzz.host.strategy import Strategy
 from mmufuzz.outcome import FINDING, Finding, Outcome
-from mmufuzz.search.edits import drop_steps, drop_thread, key, vcpu_first
+from mmufuzz.search.edits import drop_steps, drop_thread, key, merge_frames, vcpu_first
 from mmufuzz.search.explore import COMPLETE, explore
-from mmufuzz.search.reduce import ReduceError, Reducer, reduce, simpler_values
+from mmufuzz.search.reduce import REPLAYS, ReduceError, Reducer, reduce, simpler_values
 from mmufuzz.search.strategies import RandomWalk
 
 RunFn = Callable[[Case, Strategy | None], Outcome]
@@ -41,6 +41,7 @@ def made_up(predicate: Callable[[Case], bool]) -> RunFn:
 
 NOISY = Case(
     revert=("a", "b"),
+    apply=("c",),
     options=Options(fep=True, n_max_mmu_pages=7, write_track=(3, 4), event_limit=999),
     slots=(Slot(0, 64), Slot(128, 16, True)),
     memory=tuple(Word(1, index, 0x1067 + (index << 12)) for index in range(20)),
@@ -139,6 +140,54 @@ def test_the_budget_bounds_the_runs() -> None:
 def test_a_case_that_does_not_show_the_finding_is_an_error() -> None:
     with pytest.raises(ReduceError):
         reduce(NOISY, "bug", made_up(lambda case: False))
+
+
+def test_the_finding_may_be_one_of_several() -> None:
+    def run_fn(case: Case, strategy: Strategy | None) -> Outcome:
+        outcome = made_up(lambda each: bool(each.vcpus and each.vcpus[0].program))(case, strategy)
+        if len(case.vcpus) > 1:
+            outcome.findings.insert(0, Finding("livelock", "another", "", 0))
+        return outcome
+
+    reducer = Reducer(NOISY, "bug", run_fn, 100)
+    assert reducer.kind == "coherence"
+    assert len(reduce(NOISY, "bug", run_fn).case.vcpus) == 1
+
+
+def test_tables_of_one_level_are_merged() -> None:
+    def both_mapped(case: Case) -> bool:
+        """Two entries of the root lead to tables that map something."""
+        words = {(word.gfn, word.index): word.value for word in case.memory}
+        tables = [words.get((5, index), 0) for index in (0, 1)]
+        return all(table & 1 and table >> 12 not in (0, 5) and words.get((table >> 12, 3), 0) & 1 for table in tables)
+
+    memory = tuple(Word(*word) for word in ((5, 0, 0x6007), (5, 1, 0x7007), (6, 3, 0x8007), (7, 3, 0x9007), (7, 4, 0)))
+    case = Case(memory=memory, vcpus=(Vcpu("long4", 0, 5),))
+    reduced = reduce(case, "bug", made_up(both_mapped)).case
+    assert [(word.gfn, word.index) for word in reduced.memory] in ([(5, 0), (5, 1), (6, 3)], [(5, 0), (5, 1), (7, 3)])
+
+
+def test_merging_frames_merges_what_their_entries_point_at() -> None:
+    upper = ((5, 0, 0x6001), (5, 1, 0x7001), (6, 3, 0x8001), (6, 4, 0x700))
+    lower = ((7, 3, 0x9001), (7, 4, 0x6000), (9, 0, 0x7002))
+    case = Case(memory=tuple(Word(*word) for word in upper + lower), vcpus=(Vcpu("long4", 0, 7),))
+    merged = merge_frames(case, 7, 6)
+    # A word that is no entry keeps its value; of two the first stays.
+    expected = ((5, 0, 0x6001), (5, 1, 0x6001), (6, 3, 0x8001), (6, 4, 0x700), (8, 0, 0x7002))
+    assert merged.memory == tuple(Word(*word) for word in expected)
+    assert merged.vcpus[0].cr3 == 6
+
+
+def test_a_result_that_does_not_show_the_finding_again_is_an_error() -> None:
+    runs = reduce(NOISY, "bug", made_up(lambda case: True)).runs
+    calls = [0]
+
+    def run_fn(case: Case, strategy: Strategy | None) -> Outcome:
+        calls[0] += 1
+        return made_up(lambda each: calls[0] <= runs - REPLAYS)(case, strategy)
+
+    with pytest.raises(ReduceError, match="does not replay"):
+        reduce(NOISY, "bug", run_fn)
 
 
 def test_a_result_that_does_not_repeat_is_an_error() -> None:
