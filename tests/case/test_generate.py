@@ -12,6 +12,7 @@ from mmufuzz.case.generate_insn import FEP, PLAIN, RMW, UNEMULATED, Program
 from mmufuzz.case.model import Case, Vcpu
 from mmufuzz.case.mutate import mutate, splice, tables_of
 from mmufuzz.case.rng import Rng
+from mmufuzz.case.tables import PAGE, TableBuilder
 from mmufuzz.case.validate import in_slots, validate
 from mmufuzz.x86.decode import decode
 from mmufuzz.x86.insn import MEM
@@ -231,6 +232,17 @@ def test_tables_in_use_are_what_the_roots_lead_to() -> None:
     root = case.vcpus[1].cr3
     assert root in tables
     assert {word.value >> 12 & 0xFFFF for word in case.memory if word.gfn == root and word.value & 1} <= set(tables)
+
+
+def test_without_a_free_frame_a_table_gets_a_second_role() -> None:
+    builder = TableBuilder([5, 6])
+    root = builder.table(4)
+    # Levels 3 and 1 share frame 6, by turns with the root.
+    builder.map(root, 3 << 39 | 1 << 30 | 2 << 21 | 4 << 12, 9, PAGE)
+    assert builder.levels == {5: 4, 6: 3}
+    assert {key >> 9 for key in builder.words} <= {5, 6}
+    assert builder.path(root, 3 << 39 | 1 << 30 | 2 << 21 | 4 << 12)[-1][1:] == (1, 4)
+    assert [case_word.value >> 12 for case_word in builder.memory()][-1] == 9
 
 
 def test_mutants_do_not_repeat_string_instructions_for_long() -> None:

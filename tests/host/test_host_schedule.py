@@ -178,6 +178,23 @@ def test_labels_count_on_in_a_step_that_comes_back() -> None:
     assert stores == [label(0, step, WORD_STORE, number) for step, number in ((0, 1), (0, 2), (1, 1), (0, 3), (1, 2))]
 
 
+def test_a_site_passed_more_often_than_labels_can_count_ends_the_run() -> None:
+    class Storing(Body):
+        def __init__(self, host: Host) -> None:
+            self.host = host
+
+        def run(self) -> None:
+            for value in range(2 * MAX_OCCURRENCE):
+                self.host.current.store(WORD_STORE, BASE, value)
+
+    machine = ToyMachine(((),), event_limit=4 * MAX_OCCURRENCE)
+    machine.host.threads.clear()
+    machine.host.spawn("storing", Storing(machine.host))
+    machine.host.run()
+    assert machine.host.status == EVENT_LIMIT
+    assert label_occurrence(machine.host.last) == MAX_OCCURRENCE
+
+
 def test_there_are_no_more_threads_than_labels_can_name() -> None:
     machine = ToyMachine(((),) * (MAX_THREADS - 1))
     machine.host.spawn("last", machine.bodies[0])

@@ -614,6 +614,20 @@ def test_an_operand_in_the_page_of_a_stack_that_cannot_be_written_is_read() -> N
     assert made.differences == []
 
 
+def test_so_is_a_far_pointer_that_hardware_reads_in_pieces() -> None:
+    def setup(regs: Regs, bus: Memory) -> None:
+        regs.gpr[RAX] = 0x2800
+        bus.poke(0x2800, 6, 8 << 32 | 0x300)
+        bus.poke(GDT + 8, 8, 0x00AF9B000000FFFF)
+        regs.gpr[RSP] = 0x2404
+        bus.deny(0x2000, 0x3000, load=False)
+
+    made = compared(Shown(64, "ff18", setup))
+    assert made.fault is not None
+    assert (made.fault.vector, made.fault.error_code, made.fault.address) == (VECTOR_PF, PFERR_WRITE, 0x2400)
+    assert made.differences == []
+
+
 def test_the_documentation_lists_the_deviations() -> None:
     text = (Path(__file__).parents[2] / "docs" / "reference" / "emulator.md").read_text()
     for deviation in DEVIATIONS:

@@ -314,6 +314,19 @@ def test_pasts_that_allow_different_things_have_different_fingerprints() -> None
     assert len(set(prints)) == 3
 
 
+def test_an_invalidation_that_takes_nothing_away_leaves_the_past_alone() -> None:
+    """Between a flush of everything and the next change of a table there is nothing that INVLPG could drop."""
+    prints = []
+    for invalidated in ((EVERYTHING,), (EVERYTHING, DATA_GVA), (DATA_GVA, EVERYTHING)):
+        m = machine()
+        m.kvm.memory.write(PTE_OF_DATA, 8, entry(OTHER_DATA, LEAF))
+        for gva in invalidated:
+            m.oracles.observer.guest_invalidated(0, gva)
+        m.kvm.memory.write(PTE_OF_DATA, 8, entry(READONLY, LEAF))
+        prints.append(past(m))
+    assert len(set(prints)) == 1
+
+
 def test_a_whole_run_of_loads_and_stores_is_coherent() -> None:
     m = Machine(case(long4(load(DATA_GVA), load(HUGE_GVA), load(0x23000)))).run()
     assert m.found == []

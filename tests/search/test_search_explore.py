@@ -22,12 +22,13 @@ from toy import (
     xchg,
 )
 
+from mmufuzz.case.model import Case, Expect, Slot, Vcpu
 from mmufuzz.host.deviation import HOLD, RUN, Deviation
 from mmufuzz.host.memory import mix
 from mmufuzz.host.sites import BOOT
 from mmufuzz.host.strategy import Strategy
 from mmufuzz.outcome import FINDING, Outcome
-from mmufuzz.search.explore import COMPLETE, INCOMPLETE, ExploreResult, NondeterminismError, explore
+from mmufuzz.search.explore import COMPLETE, INCOMPLETE, ExploreResult, NondeterminismError, explore, explore_case
 from mmufuzz.search.strategies import portfolio
 
 SB: Programs = ((store(0, 1), ld(1)), (store(1, 1), ld(0)))
@@ -238,6 +239,15 @@ def test_threads_that_spin_fairly_are_searched_within_a_bound() -> None:
     result = search(((store(0, 1), spin(1)), (spin(0), store(1, 1)), (YIELD,)), 2)
     assert result.verdict == COMPLETE
     assert len(result.outcomes) >= 1
+
+
+@pytest.mark.parametrize(("mark", "all_runs"), [("mmu_load", True), ("emulate.forced", False)])
+def test_runs_that_reach_every_mark_are_counted(mark: str, all_runs: bool) -> None:
+    guests = tuple(Vcpu("flat32", code_gva=gfn << 12, code_gfn=gfn, program=(b"\x90",)) for gfn in (1, 2))
+    case = Case(slots=(Slot(0, 16),), vcpus=guests, expect=Expect(reach=(mark,)))
+    result = explore_case(case, 1, never)
+    assert result.schedules > 1
+    assert result.reached == (result.schedules if all_runs else 0)
 
 
 @pytest.mark.parametrize(
