@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from oracle_vms import (
+    CODE,
+    CODE_GVA,
     DATA,
     DATA_GVA,
     HUGE,
@@ -34,7 +38,7 @@ from mmufuzz.host.deviation import HOLD, RUN, Deviation
 from mmufuzz.host.sched import ENDED
 from mmufuzz.host.sites import BOOT, COUNT_LOAD, EMUL_STORE, THREAD_YIELD, label
 from mmufuzz.kvm.role import ACC_WRITE_MASK, role_access, with_level_access
-from mmufuzz.kvm.spte import SPTE_MMU_WRITABLE, SPTE_U, SPTE_W
+from mmufuzz.kvm.spte import SPTE_MMU_WRITABLE, SPTE_NX, SPTE_U, SPTE_W
 from mmufuzz.run import run
 from mmufuzz.x86.paging import PTE_A, PTE_D, PTE_NX, PTE_P, PTE_PS, PTE_U, PTE_W
 
@@ -97,6 +101,21 @@ def test_only_the_supervisor_may_exceed_it_so() -> None:
     m = Machine(case(long4(store(READONLY_GVA), flags=("nx",)))).run()
     address = m.page(PT).spte_address(READONLY_GVA >> 12 & 511)
     m.poke(address, m.peek(address) | SPTE_U)
+    m.oracles.at_end(ENDED)
+    assert m.found == [("coherence", "stale SPTE after quiescence: the gPTE does not grant W")]
+
+
+def test_under_smep_what_the_supervisor_writes_so_is_not_executable() -> None:
+    """Without U, SMEP would no longer keep the supervisor from executing the user's page (paging_tmpl.h:page_fault)."""
+    code = Word(PT, CODE_GVA >> 12 & 511, entry(CODE, LEAF & ~PTE_U))
+    plain = case(long4(store(READONLY_GVA), flags=("nx", "smep")))
+    memory = tuple(code if (word.gfn, word.index) == (code.gfn, code.index) else word for word in plain.memory)
+    m = Machine(replace(plain, memory=memory)).run()
+    assert m.kvm.marks["page_fault.cr0_wp"] == 1
+    assert m.found == []
+    address = m.page(PT).spte_address(READONLY_GVA >> 12 & 511)
+    assert m.peek(address) & SPTE_NX
+    m.poke(address, m.peek(address) & ~SPTE_NX)
     m.oracles.at_end(ENDED)
     assert m.found == [("coherence", "stale SPTE after quiescence: the gPTE does not grant W")]
 
