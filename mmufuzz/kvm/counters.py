@@ -151,6 +151,7 @@ EXITS: Final = (
     "invpcid",
     "hlt",
     "cpuid",
+    "hypercall",
     "rdmsr",
     "wrmsr",
     "io",

@@ -175,7 +175,7 @@ def _emulate(ctxt: X86EmulateCtxt) -> int:
             return EMULATION_OK
         ctxt.eflags &= ~FLAG_RF
     ctxt.eip = ctxt.next_eip if ctxt.mode == MODE_PROT64 else ctxt.next_eip & MASK32
-    ctxt.completed = True
+    ctxt.completed = not ctxt.hypercall_fixed
     writeback_registers(ctxt)
     return EMULATION_OK
 

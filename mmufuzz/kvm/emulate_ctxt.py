@@ -96,6 +96,8 @@ class X86EmulateCtxt:
         """RFLAGS.TF at the start of the instruction."""
         self.completed = False
         """The instruction has been executed to its end: ``eip`` is behind it."""
+        self.hypercall_fixed = False
+        """A hypercall has been written over the instruction, which the guest executes again."""
         self.interruptibility = 0
         """SHADOW_* bit of a STI, or of a load of SS even if that fails."""
         self.op_bytes = 0
@@ -130,6 +132,7 @@ class X86EmulateCtxt:
         self.tf = regs.rflags & FLAG_TF != 0
         self.interruptibility = 0
         self.completed = False
+        self.hypercall_fixed = False
         self.have_exception = False
         self.cmpxchg_failed = False
         self.io_needed = False

@@ -17,12 +17,12 @@ Handler = Callable[[X86EmulateCtxt], None]
 
 
 def cannot_emulate(ctxt: X86EmulateCtxt) -> None:
-    """An entry without a function, and hypercalls, which KVM patches to its own vendor's and runs again natively."""
+    """An entry without a function."""
     raise EmulationFailed
 
 
 _BY_HANDLER: Final[list[tuple[Handler, str]]] = [
-    (cannot_emulate, "- vmcall"),
+    (cannot_emulate, "-"),
     (alu.em_mov, "mov movs stos lods xlat movzx movnti movups movupd movaps movapd movntps movntpd movntdq"),
     (alu.em_mov, "movq movdqa movdqu"),
     (alu.movsx, "movsx movsxd"),
@@ -105,6 +105,7 @@ _BY_HANDLER: Final[list[tuple[Handler, str]]] = [
     (system.em_clts, "clts"),
     (system.em_invlpg, "invlpg"),
     (system.halt, "hlt"),
+    (system.em_hypercall, "vmcall"),
     (system.em_rsm, "rsm"),
     (system.read_control, "movcr.read"),
     (system.em_cr_write, "movcr.write"),

@@ -5,11 +5,18 @@ KVM's side of it is ``kvm.emulator_ops``; ``BusOps`` puts the emulator on the bu
 
 from __future__ import annotations
 
+from typing import Final
+
 from mypy_extensions import mypyc_attr
 
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.execute_msr import get_msr, set_msr
 from mmufuzz.x86.state import Fault, Regs
+
+VMCALL: Final = 0xC1010F
+VMMCALL: Final = 0xD9010F
+"""0F 01 C1 and 0F 01 D9, little endian."""
+HYPERCALL_LENGTH: Final = 3
 
 
 @mypyc_attr(native_class=False)
@@ -74,6 +81,10 @@ class X86EmulateOps:
 
     def halt(self) -> None:
         """HLT."""
+        raise NotImplementedError
+
+    def patch_hypercall(self) -> int:
+        """The host's hypercall instruction, as a number of ``HYPERCALL_LENGTH`` bytes (kvm_x86_ops.patch_hypercall)."""
         raise NotImplementedError
 
     def pio_in(self, port: int, size: int, count: int) -> list[int]:
@@ -166,6 +177,10 @@ class BusOps(X86EmulateOps):
     def halt(self) -> None:
         """As the CPU halts."""
         self.bus.halt(self.regs)
+
+    def patch_hypercall(self) -> int:
+        """That of VMX."""
+        return VMCALL
 
     def pio_in(self, port: int, size: int, count: int) -> list[int]:
         """As the CPU reads a port."""

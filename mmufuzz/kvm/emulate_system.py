@@ -12,6 +12,7 @@ from mmufuzz.kvm.emulate_ctxt import (
     MODE_PROT64,
     NONE,
     PORT,
+    WRITE,
     Access,
     X86EmulateCtxt,
     address_mask,
@@ -22,7 +23,7 @@ from mmufuzz.kvm.emulate_ctxt import (
     segmented_write_std,
 )
 from mmufuzz.kvm.emulate_decode import RIP
-from mmufuzz.kvm.emulate_ops import EmulationFailed
+from mmufuzz.kvm.emulate_ops import HYPERCALL_LENGTH, EmulationFailed
 from mmufuzz.kvm.emulate_segments import load_segment_descriptor
 from mmufuzz.kvm.opcode_table import STRING
 from mmufuzz.x86 import cpuid
@@ -147,6 +148,19 @@ def em_invlpg(ctxt: X86EmulateCtxt) -> None:
 def halt(ctxt: X86EmulateCtxt) -> None:
     """HLT."""
     ctxt.ops.halt()
+
+
+def em_hypercall(ctxt: X86EmulateCtxt) -> None:
+    """emulate.c:em_hypercall, x86.c:emulator_fix_hypercall: the host's own hypercall takes the instruction's place.
+
+    The guest executes it again. It is written at RIP, whatever the base of CS, with the privilege of the guest.
+    """
+    rip = ctxt.regs.rip
+    hypercall = ctxt.ops.patch_hypercall()
+    ctxt.accesses.append(Access(WRITE, rip, HYPERCALL_LENGTH, hypercall))
+    ctxt.ops.write_emulated(rip, HYPERCALL_LENGTH, hypercall, True)
+    ctxt.next_eip = ctxt.eip
+    ctxt.hypercall_fixed = True
 
 
 def em_rsm(ctxt: X86EmulateCtxt) -> None:

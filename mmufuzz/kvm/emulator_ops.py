@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmufuzz.kvm.emulate_ops import CmpxchgFailed, X86EmulateOps
+from mmufuzz.kvm.emulate_ops import VMCALL, VMMCALL, CmpxchgFailed, X86EmulateOps
 from mmufuzz.kvm.emulator_access import (
     emulator_cmpxchg_emulated,
     emulator_pio_in_emulated,
@@ -95,6 +95,10 @@ class EmulatorOps(X86EmulateOps):
         """x86.c:kvm_emulate_halt."""
         self.vcpu.userspace_exits.append("hlt")
         self.vcpu.halt_request = True
+
+    def patch_hypercall(self) -> int:
+        """vmx.c:vmx_patch_hypercall, svm.c:svm_patch_hypercall: nested paging is SVM's."""
+        return VMMCALL if self.vcpu.guest_mode else VMCALL
 
     def pio_in(self, port: int, size: int, count: int) -> list[int]:
         """x86.c:emulator_pio_in_emulated."""

@@ -330,7 +330,7 @@ def on_fault(vcpu: Vcpu, bus: GuestBus, insn: Insn | None, fault: Fault) -> VmEx
         if insn is not None:
             vmexit.event = software_event(insn)
         return vmexit
-    if fault.vector == VECTOR_UD and vcpu.kvm.options.fep:
+    if fault.vector == VECTOR_UD:
         return VmExit(EXIT_UD)
     if fault.vector == VECTOR_AC:
         return VmExit(EXIT_AC, fault.error_code)

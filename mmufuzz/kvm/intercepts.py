@@ -1,4 +1,4 @@
-"""Instructions that exit by themselves: CPUID, RDMSR, WRMSR and ports, and what KVM does for them (vmx.c, x86.c)."""
+"""Instructions that exit by themselves: CPUID, hypercalls, MSRs, ports; and what KVM does for them (vmx.c, x86.c)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ from typing import Final
 
 from mmufuzz.host.sites import EMUL_LOAD, EMUL_STORE
 from mmufuzz.kvm.emulator_access import emulator_pio_in, emulator_pio_out, set_efer
-from mmufuzz.kvm.exits import EXIT_CPUID, EXIT_IO, EXIT_RDMSR, EXIT_WRMSR, VmExit
+from mmufuzz.kvm.exits import EXIT_CPUID, EXIT_HYPERCALL, EXIT_IO, EXIT_RDMSR, EXIT_WRMSR, VmExit
 from mmufuzz.kvm.structs import Vcpu
 from mmufuzz.x86.bus import Bus
-from mmufuzz.x86.execute_operands import RAX, RDX, check_io, load_operand, read_reg, write_reg
+from mmufuzz.x86.execute_operands import MASK32, MASK64, RAX, RDX, check_io, load_operand, read_reg, write_reg
 from mmufuzz.x86.executor import execute
 from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.opcodes import MNEMONICS
 from mmufuzz.x86.state import Regs
 
-_NAMES: Final = ("cpuid", "rdmsr", "wrmsr", "in", "out", "ins", "outs")
+_NAMES: Final = ("cpuid", "vmcall", "vmmcall", "rdmsr", "wrmsr", "in", "out", "ins", "outs")
+
+_HC_VAPIC_POLL_IRQ: Final = 1
+_HC_CLOCK_PAIRING: Final = 9
+_EPERM: Final = 1
+_EOPNOTSUPP: Final = 95
+_ENOSYS: Final = 1000
+"""kvm_para.h"""
 
 
 def _intercepted() -> list[bool]:
@@ -33,7 +40,13 @@ def intercept(vcpu: Vcpu, bus: Bus, insn: Insn) -> VmExit | None:
     """
     regs = vcpu.regs
     name = insn.mnemonic
-    if vcpu.guest_mode:
+    if name == ("vmmcall" if vcpu.guest_mode else "vmcall"):
+        # At any privilege. L1 does not intercept it, so that it is KVM's.
+        vmexit = VmExit(EXIT_HYPERCALL)
+        vmexit.insn = insn
+        vmexit.length = insn.length
+        return vmexit
+    if vcpu.guest_mode or name in ("vmcall", "vmmcall"):
         return None
     if name == "cpuid":
         vmexit = VmExit(EXIT_CPUID)
@@ -82,6 +95,22 @@ def carry_out(vcpu: Vcpu, insn: Insn) -> None:
     rip = regs.rip
     execute(regs, insn, ExitBus(vcpu))
     regs.rip = rip
+
+
+def kvm_emulate_hypercall(vcpu: Vcpu) -> None:
+    """x86.c:kvm_emulate_hypercall, without the skip, of a guest that has no paravirtual features.
+
+    KVM_HC_CLOCK_PAIRING needs a host whose clock is the TSC.
+    """
+    regs = vcpu.regs
+    number = read_reg(regs, RAX, 8 if regs.long_mode else 4)
+    if regs.cpl != 0:
+        result = -_EPERM
+    elif number == _HC_VAPIC_POLL_IRQ:
+        result = 0
+    else:
+        result = -_EOPNOTSUPP if number == _HC_CLOCK_PAIRING else -_ENOSYS
+    regs.gpr[RAX] = result & (MASK64 if regs.long_mode else MASK32)
 
 
 def kvm_fast_pio(vcpu: Vcpu, insn: Insn, length: int) -> None:

@@ -23,6 +23,7 @@ from mmufuzz.kvm.exits import (
     EXIT_DB,
     EXIT_DONE,
     EXIT_HLT,
+    EXIT_HYPERCALL,
     EXIT_INTERRUPT_WINDOW,
     EXIT_INVALID_STATE,
     EXIT_INVLPG,
@@ -37,7 +38,7 @@ from mmufuzz.kvm.exits import (
 from mmufuzz.kvm.fault import EMULATE, EMULTYPE_SKIP, RESUME, kvm_ack_ipi_if_sent, kvm_mmu_page_fault
 from mmufuzz.kvm.guest import GuestBus, run_guest
 from mmufuzz.kvm.guest_events import deliver, has_idt, settle_rip
-from mmufuzz.kvm.intercepts import carry_out, complete_fast_pio, kvm_fast_pio
+from mmufuzz.kvm.intercepts import carry_out, complete_fast_pio, kvm_emulate_hypercall, kvm_fast_pio
 from mmufuzz.kvm.interrupts import (
     kvm_arch_pre_run,
     kvm_cpu_accept_dm_intr,
@@ -348,7 +349,10 @@ def handle_interrupt_exit(vcpu: Vcpu, irqchip: Irqchip, reason: str) -> int:
 
 
 def handle_intercepted(vcpu: Vcpu, vmexit: VmExit, insn: Insn) -> int:
-    """vmx.c:handle_io, x86.c:kvm_emulate_cpuid, kvm_emulate_rdmsr, kvm_emulate_wrmsr."""
+    """vmx.c:handle_io, x86.c:kvm_emulate_cpuid, kvm_emulate_hypercall, kvm_emulate_rdmsr, kvm_emulate_wrmsr."""
+    if vmexit.reason == EXIT_HYPERCALL:
+        kvm_emulate_hypercall(vcpu)
+        return kvm_skip_emulated_instruction(vcpu, vmexit.length)
     if vmexit.reason == EXIT_IO:
         if insn.mnemonic in ("ins", "outs"):
             return finish_emulation(vcpu, x86_emulate_instruction(vcpu, 0, 0))

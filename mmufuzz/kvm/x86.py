@@ -50,16 +50,20 @@ FORCED_EMULATION_PREFIX: Final = b"\x0f\x0bkvm"
 
 
 def handle_ud(vcpu: Vcpu) -> int:
-    """x86.c:handle_ud: a #UD exit; the forced-emulation prefix sends the instruction behind it to the emulator."""
+    """x86.c:handle_ud: a #UD exit, for the hypercall of the other vendor.
+
+    With ``fep`` the forced-emulation prefix sends the instruction behind it to the emulator.
+    """
     emultype = EMULTYPE_TRAP_UD
-    try:
-        signature = kvm_read_guest_virt(vcpu, vcpu.regs.rip, len(FORCED_EMULATION_PREFIX))
-        if signature == FORCED_EMULATION_PREFIX:
-            vcpu.kvm.mark("emulate.forced")
-            vcpu.regs.rip += len(FORCED_EMULATION_PREFIX)
-            emultype = EMULTYPE_TRAP_UD_FORCED
-    except (Fault, IoNeeded):
-        pass
+    if vcpu.kvm.options.fep:
+        try:
+            signature = kvm_read_guest_virt(vcpu, vcpu.regs.rip, len(FORCED_EMULATION_PREFIX))
+            if signature == FORCED_EMULATION_PREFIX:
+                vcpu.kvm.mark("emulate.forced")
+                vcpu.regs.rip += len(FORCED_EMULATION_PREFIX)
+                emultype = EMULTYPE_TRAP_UD_FORCED
+        except (Fault, IoNeeded):
+            pass
     return x86_emulate_instruction(vcpu, 0, emultype)
 
 
@@ -89,10 +93,6 @@ def x86_emulate_instruction(vcpu: Vcpu, gva: int, emultype: int) -> int:
             return _on_decode_failure(vcpu, gva, emultype, None)
         except Fault as fault:
             return _on_decode_failure(vcpu, gva, emultype, fault)
-        if emultype & EMULTYPE_TRAP_UD and vcpu.emulate_ctxt.insn.name == "vmcall":
-            # The hypercall of the other vendor, which is what KVM intercepts #UD for; it is not modelled.
-            kvm_queue_exception(vcpu, VECTOR_UD)
-            return RESUME_GUEST
         if emultype & EMULTYPE_SKIP:
             return _skip(vcpu)
         if _retry_instruction(vcpu, gva, emultype):

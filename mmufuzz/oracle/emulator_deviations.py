@@ -101,6 +101,12 @@ DEVIATIONS: Final[list[Deviation]] = [
         "__linearize",
         system.first_byte,
     ),
+    Deviation(
+        "hypercall",
+        "VMCALL and VMMCALL, which raise #UD, are overwritten with the host's hypercall",
+        "em_hypercall",
+        system.hypercall,
+    ),
     Deviation("alignment", "there is no #AC", "segmented_read, segmented_write", system.alignment),
     Deviation(
         "write-check",

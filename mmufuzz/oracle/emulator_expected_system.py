@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.kvm.emulate_ctxt import CMPXCHG, READ, SYSTEM, Access
+from mmufuzz.kvm.emulate_ctxt import CMPXCHG, READ, SYSTEM, WRITE, Access
+from mmufuzz.kvm.emulate_ops import HYPERCALL_LENGTH, VMCALL, VMMCALL
 from mmufuzz.kvm.opcode_table import CHECK_SVM_ADDRESS, MOV, NO_WRITE, PRIV
 from mmufuzz.oracle.emulator_compare import (
     ADDRESS,
     ERROR_CODE,
     EXCEPTION,
     FAULT,
+    MEMORY,
     Comparison,
     expecting,
     same_segments,
@@ -162,6 +164,22 @@ def alignment(made: Comparison) -> Comparison | None:
     regs.cr0 &= ~CR0_AM
     after.cr0 &= ~CR0_AM
     return translated(made, insn, regs, after, made.accesses)
+
+
+def hypercall(made: Comparison) -> Comparison | None:
+    """VMCALL and VMMCALL: the host's hypercall is stored at RIP, or the store faults."""
+    if made.decoded.name != "vmcall" or made.expected_vector != VECTOR_UD or len(made.accesses) != 1:
+        return None
+    store = made.accesses[0]
+    if store.kind != WRITE or store.gva != made.start or store.size != HYPERCALL_LENGTH:
+        return None
+    if store.value not in (VMCALL, VMMCALL):
+        return None
+    regs = made.origin()
+    if made.emulated_vector == VECTOR_PF:
+        return expecting(made, regs, FAULT)
+    regs.shadow = 0
+    return expecting(made, regs, (*FAULT, MEMORY)) if made.emulated_vector < 0 else None
 
 
 def write_check(made: Comparison) -> Comparison | None:

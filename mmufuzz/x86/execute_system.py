@@ -238,7 +238,7 @@ def flush_line(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 
 def undefined(regs: Regs, insn: Insn, bus: Bus) -> None:
-    """UD2."""
+    """UD2; hypercalls, which exist for the guests of a hypervisor only (SDM vol. 3, 31.3; APM vol. 3, VMMCALL)."""
     raise Fault(VECTOR_UD)
 
 # Software interrupts.

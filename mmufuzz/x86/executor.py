@@ -170,7 +170,7 @@ _BY_HANDLER: Final[list[tuple[Handler, str]]] = [
     (system.mfence, "mfence"),
     (system.nop, "nop lfence sfence"),
     (system.flush_line, "clflush clflushopt clwb"),
-    (system.undefined, "ud2"),
+    (system.undefined, "ud2 vmcall vmmcall"),
     (tables.store_table, "sgdt sidt"),
     (tables.load_table, "lgdt lidt"),
     (tables.store_system_segment, "sldt str"),

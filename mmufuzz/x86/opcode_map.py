@@ -226,10 +226,12 @@ TWO_BYTE: Final = """
 01/4    smsw    Es
 01/6    lmsw    Es
 01/7    invlpg  M           mem
+NP:01/C1 vmcall
 NP:01/CA clac
 NP:01/CB stac
 NP:01/D0 xgetbv
 NP:01/D1 xsetbv
+NP:01/D9 vmmcall
 NP:01/EE rdpkru
 NP:01/EF wrpkru
 01/F8   swapgs              only64

@@ -37,9 +37,9 @@ def test_the_committed_seeds_reach_every_entry_in_every_mode() -> None:
 
 
 def test_the_emulator_is_sent_what_hardware_lacks() -> None:
-    # VMCALL.
-    (made,) = run(b"\0\0\x0f\x01\xc1")
-    assert made.insn is None and made.entry is not None and made.entry.name == "vmcall"
+    # VMLOAD.
+    (made,) = run(b"\0\0\x0f\x01\xda")
+    assert made.insn is None and made.entry is not None and made.entry.line.startswith("01=DA")
 
 
 def test_an_instruction_that_raises_an_exception_is_executed_but_does_not_retire() -> None:

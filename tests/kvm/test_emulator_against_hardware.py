@@ -176,6 +176,10 @@ def _checked_for_alignment(regs: Regs, bus: Memory) -> None:
     regs.gpr[RAX] = DATA + 1
 
 
+def _code_cannot_be_written(regs: Regs, bus: Memory) -> None:
+    bus.no_store = [range(CODE, CODE + 0x1000)]
+
+
 def _not_canonical(regs: Regs, bus: Memory) -> None:
     regs.gpr[RAX] = 1 << 47
 
@@ -352,6 +356,7 @@ SHOWN: dict[str, Shown] = {
     "mmx-fault": Shown(64, "0f7f00", _page_is_absent),
     "segment-override": Shown(64, "368b00", _not_canonical),
     "canonical-first-byte": Shown(64, "488b00", _straddling),
+    "hypercall": Shown(64, "0f01d9", _nothing),
     "alignment": Shown(64, "488b00", _checked_for_alignment),
     "write-check": Shown(32, "2e0108", _page_is_absent),
     "null-ss": Shown(64, "8ed0", _null),
@@ -406,6 +411,8 @@ OTHER_WAYS = [
     ("ins-read-ahead", Shown(32, "f3666d", _destination_at_the_limit)),
     ("ins-read-ahead", Shown(32, "f3676d", _wrapping_destination)),
     ("ins-read-ahead", Shown(64, "f3486d", _read_ahead_over_a_page)),
+    ("hypercall", Shown(16, "0f01c1", _shadow_and_no_interrupt_table)),
+    ("hypercall", Shown(64, "0f01d9", _code_cannot_be_written)),
     ("alignment", Shown(32, "0fba2800", _checked_for_alignment)),
     ("far-call", Shown(64, "ff18", _marked_before_the_push)),
     ("far-call", Shown(64, "ff18", _stack_above_4_gib)),

@@ -27,7 +27,8 @@ def test_the_forced_emulation_prefix_sends_an_instruction_to_the_emulator() -> N
 def test_without_the_module_parameter_the_prefix_is_an_invalid_opcode() -> None:
     m = run(usual(), long4("fep mov rcx, [rax]"), fep=False)
     assert m.vcpu().exceptions == [(VECTOR_UD, -1, 0, gva(CODE))]
-    assert "invalid-opcode" not in m.kvm.exits
+    assert m.kvm.exits["invalid-opcode"] == 1
+    assert m.passed("emulate.forced") == 0
 
 
 @pytest.mark.parametrize("text", ["ud2", "fep ud2", "fep movss [rax], xmm0", "fep mfence"])

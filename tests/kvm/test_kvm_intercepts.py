@@ -1,14 +1,15 @@
-"""Instructions that exit by themselves: CPUID, MSRs, ports; and what a change of EFER does to the MMU."""
+"""Instructions that exit by themselves: CPUID, hypercalls, MSRs, ports; and what a change of EFER does to the MMU."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
-from machines import CODE, DATA, NOWHERE, NX, PAGE, Machine, flat32, gva, long4, machine, npt4, run, usual
+from machines import CODE, DATA, L2, NOWHERE, NX, PAGE, Machine, flat32, gva, long4, machine, npt4, run, usual
 
 from mmufuzz.case.model import Options
-from mmufuzz.x86.state import EFER_LMA, EFER_LME, EFER_NX, EFER_SCE, VECTOR_GP, VECTOR_PF
+from mmufuzz.x86.paging import PTE_W
+from mmufuzz.x86.state import EFER_LMA, EFER_LME, EFER_NX, EFER_SCE, PFERR_PRESENT, PFERR_WRITE, VECTOR_GP, VECTOR_PF
 
 EFER = 0xC0000080
 
@@ -146,3 +147,56 @@ def test_what_cannot_be_decoded_to_be_skipped_is_an_internal_error_for_user_code
     case = machine(usual().set(8, 0, 0), long4("mov cr3, rax", rax=0x8000), revert=["skip-fails-on-exception"]).case
     m = Machine(replace(case, options=Options(decode_to_skip=True))).run()
     assert m.vcpu().exceptions[0] == (VECTOR_PF, 0x10, gva(CODE), gva(CODE))
+
+
+# Hypercalls.
+
+VMCALL, VMMCALL = bytes.fromhex("0f01c1"), bytes.fromhex("0f01d9")
+EPERM, EOPNOTSUPP, ENOSYS = 1, 95, 1000
+
+
+@pytest.mark.parametrize(("number", "result"), [(0, -ENOSYS), (1, 0), (9, -EOPNOTSUPP)])
+def test_a_hypercall_is_unknown_but_for_one_that_has_nothing_to_do(number: int, result: int) -> None:
+    m = run(usual(), long4(VMCALL, "nop", rax=number))
+    assert m.reg("rax") == result & (1 << 64) - 1
+    assert m.kvm.exits["hypercall"] == 1
+    assert m.vcpu().retired == 2
+
+
+def test_of_32_bit_code_a_hypercall_has_32_bit_registers() -> None:
+    m = run(None, flat32(VMCALL, rax=1 << 32 | 1))
+    assert m.reg("rax") == 0
+    assert run(None, flat32(VMCALL)).reg("rax") == -ENOSYS & 0xFFFFFFFF
+
+
+def test_user_code_may_not_call_the_hypervisor() -> None:
+    assert run(usual(), long4(VMCALL, cpl=3)).reg("rax") == -EPERM & (1 << 64) - 1
+
+
+def test_the_other_vendors_hypercall_is_patched_and_executed_again() -> None:
+    m = run(usual(), long4(VMMCALL, "nop", rax=1))
+    assert m.reg("rax") == 0
+    assert m.word(CODE) & 0xFFFFFF == int.from_bytes(VMCALL, "little")
+    assert (m.kvm.exits["invalid-opcode"], m.kvm.exits["hypercall"]) == (1, 1)
+    assert m.passed("emulate.done") == 0
+    assert m.vcpu().retired == 2
+
+
+def test_of_an_l2_guest_vmcall_is_the_other_vendors() -> None:
+    m = run(usual(), npt4(VMCALL, VMMCALL, rax=1))
+    assert m.reg("rax") == -ENOSYS & 0xFFFFFFFF
+    assert m.word(CODE) & 0xFFFFFF == int.from_bytes(VMMCALL, "little")
+    assert m.kvm.exits["hypercall"] == 2
+
+
+def test_code_that_cannot_be_written_takes_a_page_fault_for_the_other_vendors_hypercall() -> None:
+    tables = usual().map(gva(CODE), CODE, PAGE & ~PTE_W)
+    m = run(tables, long4(VMMCALL, "nop"))
+    assert m.vcpu().exceptions == [(VECTOR_PF, PFERR_PRESENT | PFERR_WRITE, gva(CODE), gva(CODE))]
+
+
+def test_a_patch_of_code_in_a_page_table_is_tracked() -> None:
+    code = int.from_bytes(VMMCALL + bytes.fromhex("ffe3"), "little")
+    m = run(usual().set(L2, 256, code), long4("jmp rax", "nop", rax=gva(L2) + 0x800, rbx=gva(CODE) + 16))
+    assert m.kvm.exits["hypercall"] == 1
+    assert m.passed("track_write.locked") == 1
