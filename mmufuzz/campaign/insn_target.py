@@ -22,7 +22,7 @@ from mmufuzz.x86.executor import execute
 from mmufuzz.x86.flat_registers import initial_registers
 from mmufuzz.x86.insn import REP_NONE, Insn
 from mmufuzz.x86.segments import refresh
-from mmufuzz.x86.state import CR0_AM, CR0_PG, FLAG_AC, VECTOR_GP, Fault, Regs
+from mmufuzz.x86.state import CR0_AM, CR0_PG, CR4_UMIP, FLAG_AC, VECTOR_GP, Fault, Regs
 
 ORIGIN: Final = 0x1000
 
@@ -126,6 +126,8 @@ def registers(data: bytes) -> Regs:
     if rng.below(8) == 0:
         regs.cr0 |= CR0_AM
         regs.rflags |= FLAG_AC
+    if rng.below(8) == 0:
+        regs.cr4 |= CR4_UMIP
     regs.gdt_base = regs.idt_base = 0x10000
     regs.gdt_limit = 0xFFFF
     regs.idt_limit = 0xFFFF if data[0] & HANDLED else 0

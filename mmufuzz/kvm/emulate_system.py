@@ -34,6 +34,7 @@ from mmufuzz.x86.insn import CS, GS, LDTR, SS, TR
 from mmufuzz.x86.state import (
     CR0_EM,
     CR0_TS,
+    CR4_UMIP,
     FLAG_DF,
     FLAG_IF,
     MSR_TSC,
@@ -76,8 +77,15 @@ def em_mov_sreg_rm(ctxt: X86EmulateCtxt) -> None:
     load_segment_descriptor(ctxt, ctxt.src.val & 0xFFFF, index)
 
 
+def _check_umip(ctxt: X86EmulateCtxt) -> None:
+    """X86_CR4_UMIP in emulate.c:em_store_sreg, em_smsw, emulate_store_desc_ptr."""
+    if ctxt.regs.cr4 & CR4_UMIP and ctxt.regs.cpl > 0:
+        raise Fault(VECTOR_GP, 0)
+
+
 def store_system_segment(ctxt: X86EmulateCtxt) -> None:
     """emulate.c:em_sldt, em_str."""
+    _check_umip(ctxt)
     _store_selector(ctxt, LDTR if ctxt.insn.name == "sldt" else TR)
 
 
@@ -88,6 +96,7 @@ def load_system_segment(ctxt: X86EmulateCtxt) -> None:
 
 def store_table(ctxt: X86EmulateCtxt) -> None:
     """emulate.c:emulate_store_desc_ptr: SGDT, SIDT. 16-bit code gets 3 bytes of the base, and a zero."""
+    _check_umip(ctxt)
     regs = ctxt.regs
     gdt = ctxt.insn.name == "sgdt"
     limit = regs.gdt_limit if gdt else regs.idt_limit
@@ -121,6 +130,7 @@ def load_table(ctxt: X86EmulateCtxt) -> None:
 
 def em_smsw(ctxt: X86EmulateCtxt) -> None:
     """emulate.c:em_smsw."""
+    _check_umip(ctxt)
     if ctxt.dst.type == MEM:
         ctxt.dst.bytes = 2
     ctxt.dst.val = ctxt.regs.cr0

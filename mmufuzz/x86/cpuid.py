@@ -20,8 +20,8 @@ _EDX1: Final = _bits(0, 2, 3, 4, 5, 6, 8, 11, 13, 15, 16, 17, 19, 23, 24, 25, 26
 _ECX1: Final = _bits(0, 13, 17, 20, 22, 23, 26, 27, 28)
 # Leaf 7, EBX: FSGSBASE, BMI1, SMEP, BMI2, INVPCID, ADX, SMAP, CLFLUSHOPT, CLWB.
 _EBX7: Final = _bits(0, 3, 7, 8, 10, 19, 20, 23, 24)
-# Leaf 7, ECX: PKU, OSPKE, LA57, RDPID, MOVDIRI.
-_ECX7: Final = _bits(3, 4, 16, 22, 27)
+# Leaf 7, ECX: UMIP, PKU, OSPKE, LA57, RDPID, MOVDIRI.
+_ECX7: Final = _bits(2, 3, 4, 16, 22, 27)
 # Leaf 80000001, ECX: LAHF in 64-bit code, LZCNT. EDX: SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
 _ECX81: Final = _bits(0, 5)
 _EDX81: Final = _bits(11, 20, 26, 27, 29)

@@ -9,6 +9,7 @@ from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.insn import CS, FS, HIGH8, IMM, NO_REG, REG, RIP, SS, TR, Insn, Operand
 from mmufuzz.x86.segments import table_address
 from mmufuzz.x86.state import (
+    CR4_UMIP,
     FLAG_CF,
     FLAG_OF,
     FLAG_PF,
@@ -210,6 +211,12 @@ def advance(regs: Regs, insn: Insn) -> None:
 def require_cpl0(regs: Regs) -> None:
     """Raise #GP(0) unless the current privilege level is 0."""
     if regs.cpl != 0:
+        raise Fault(VECTOR_GP, 0)
+
+
+def check_umip(regs: Regs) -> None:
+    """#GP(0) for SGDT, SIDT, SLDT, STR and SMSW of a user, if CR4.UMIP is set (SDM vol. 3, 2.5)."""
+    if regs.cr4 & CR4_UMIP and regs.cpl != 0:
         raise Fault(VECTOR_GP, 0)
 
 

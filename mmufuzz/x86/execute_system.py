@@ -14,6 +14,7 @@ from mmufuzz.x86.execute_operands import (
     RBX,
     advance,
     check_io,
+    check_umip,
     effective_address,
     is_canonical,
     linear,
@@ -162,6 +163,7 @@ def mov_dr(regs: Regs, insn: Insn, bus: Bus) -> None:
 def machine_status_word(regs: Regs, insn: Insn, bus: Bus) -> None:
     """SMSW, LMSW, CLTS. LMSW can set PE but not clear it."""
     if insn.mnemonic == "smsw":
+        check_umip(regs)
         operand = insn.operands[0]
         value = regs.cr0 & alu.mask(operand.size)
         store_operand(regs, insn, bus, operand, value)

@@ -10,6 +10,7 @@ from mmufuzz.x86.execute_operands import (
     MASK32,
     RSP,
     advance,
+    check_umip,
     is_canonical,
     load_operand,
     load_stack,
@@ -77,6 +78,7 @@ def pop_sreg(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 def store_table(regs: Regs, insn: Insn, bus: Bus) -> None:
     """SGDT and SIDT."""
+    check_umip(regs)
     size = insn.operands[0].size
     address = operand_address(regs, insn, size, True)
     gdt = insn.mnemonic == "sgdt"
@@ -109,6 +111,7 @@ def load_table(regs: Regs, insn: Insn, bus: Bus) -> None:
 def store_system_segment(regs: Regs, insn: Insn, bus: Bus) -> None:
     """SLDT and STR."""
     _require_protected(regs)
+    check_umip(regs)
     index = LDTR if insn.mnemonic == "sldt" else TR
     store_operand(regs, insn, bus, insn.operands[0], regs.segments[index].selector)
     advance(regs, insn)

@@ -17,6 +17,7 @@ CR0_AM: Final = 1 << 18
 CR0_PG: Final = 1 << 31
 CR4_TSD: Final = 1 << 2
 CR4_DE: Final = 1 << 3
+CR4_UMIP: Final = 1 << 11
 CR4_PSE: Final = 1 << 4
 CR4_PAE: Final = 1 << 5
 CR4_PGE: Final = 1 << 7

@@ -43,6 +43,7 @@ from mmufuzz.x86.state import (
     CR0_AM,
     CR0_PE,
     CR0_PG,
+    CR4_UMIP,
     EFER_SCE,
     FLAG_AC,
     MSR_FMASK,
@@ -160,6 +161,8 @@ class Comparer:
         if rng.below(8) == 0:
             regs.cr0 |= CR0_AM
             regs.rflags |= FLAG_AC
+        if rng.below(4) == 0:
+            regs.cr4 |= CR4_UMIP
         if self.bits == 16:
             regs.idt_limit = 0x3FF
         regs.gdt_base = GDT

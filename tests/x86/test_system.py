@@ -572,3 +572,13 @@ def test_mmx_raises_a_pending_exception_of_the_x87(line: str) -> None:
 @pytest.mark.parametrize("line", ["movq xmm0, xmm1", "movq xmm0, [rbx]", "movd xmm0, eax"])
 def test_sse_moves_of_the_same_names_do_not(line: str) -> None:
     assert area(line, fsw=0x81, fcw=0x37E).stop == "end"
+
+
+@pytest.mark.parametrize("text", ["sgdt [rbx]", "sidt [rbx]", "sldt rax", "str rax", "smsw eax"])
+def test_umip_keeps_system_registers_from_user_code(text: str) -> None:
+    umip = {"cr4": 1 << 11, "rbx": 0x4000}
+    memory = {0x4000: bytes(16)}
+    user = execute(asm(text), registers={**umip, "cpl": 3}, memory=memory)
+    assert (user.stop, user.vector, user.error_code) == ("exception", 13, 0)
+    assert execute(asm(text), registers=umip, memory=memory).stop == "end"
+    assert execute(asm(text), registers={"cpl": 3, "rbx": 0x4000}, memory=memory).stop == "end"
