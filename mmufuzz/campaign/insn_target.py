@@ -123,7 +123,7 @@ def registers(data: bytes) -> Regs:
         regs.cpl = 3
         regs.segments[1].rights |= 3 << 5
         regs.segments[2].rights |= 3 << 5
-    if rng.below(8) == 0:
+    if regs.cpl == 3 and rng.below(2):
         regs.cr0 |= CR0_AM
         regs.rflags |= FLAG_AC
     if rng.below(8) == 0:

@@ -158,7 +158,7 @@ class Comparer:
             for index in (1, 2):
                 regs.segments[index].rights |= regs.cpl << 5
                 regs.segments[index].selector = regs.cpl
-        if rng.below(8) == 0:
+        if regs.cpl == 3 and rng.below(2):
             regs.cr0 |= CR0_AM
             regs.rflags |= FLAG_AC
         if rng.below(4) == 0:
