@@ -60,6 +60,12 @@ DEVIATIONS: Final[list[Deviation]] = [
         system.sreg_order,
     ),
     Deviation(
+        "umip-order",
+        "SLDT and STR read their operand before they look at CR4.UMIP",
+        "x86_emulate_insn",
+        system.umip_order,
+    ),
+    Deviation(
         "selector-width",
         "SLDT, STR and MOV m, Sreg with REX.W store 8 bytes, not 2",
         "em_store_sreg",

@@ -28,6 +28,7 @@ from mmufuzz.x86.paging import CR4_LA57
 from mmufuzz.x86.segments import refresh
 from mmufuzz.x86.state import (
     CR0_AM,
+    CR4_UMIP,
     RIGHTS_DB,
     RIGHTS_UNUSABLE,
     VECTOR_AC,
@@ -163,6 +164,18 @@ def alignment(made: Comparison) -> Comparison | None:
     after = made.after.copy()
     regs.cr0 &= ~CR0_AM
     after.cr0 &= ~CR0_AM
+    return translated(made, insn, regs, after, made.accesses)
+
+
+def umip_order(made: Comparison) -> Comparison | None:
+    """SLDT and STR that CR4.UMIP refuses: the fault of their operand, which is read first, as without UMIP."""
+    insn = made.insn
+    regs = made.origin()
+    if insn is None or made.decoded.name not in ("sldt", "str") or not regs.cr4 & CR4_UMIP or not operand_fault(made):
+        return None
+    after = made.after.copy()
+    regs.cr4 &= ~CR4_UMIP
+    after.cr4 &= ~CR4_UMIP
     return translated(made, insn, regs, after, made.accesses)
 
 

@@ -24,6 +24,7 @@ from mmufuzz.x86.segments import install
 from mmufuzz.x86.state import (
     CR0_AM,
     CR4_DE,
+    CR4_UMIP,
     FLAG_AC,
     FLAG_DF,
     MSR_SYSENTER_CS,
@@ -174,6 +175,12 @@ def _checked_for_alignment(regs: Regs, bus: Memory) -> None:
     regs.cr0 |= CR0_AM
     regs.rflags |= FLAG_AC
     regs.gpr[RAX] = DATA + 1
+
+
+def _user_under_umip_without_the_page(regs: Regs, bus: Memory) -> None:
+    _user(regs, bus)
+    _page_is_absent(regs, bus)
+    regs.cr4 |= CR4_UMIP
 
 
 def _code_cannot_be_written(regs: Regs, bus: Memory) -> None:
@@ -349,6 +356,7 @@ SHOWN: dict[str, Shown] = {
     "cmpxchg-register": Shown(64, "0fb1cb", _unequal),
     "sreg-rex": Shown(64, "448cd8", _nothing),
     "sreg-order": Shown(64, "8e08", _page_is_absent),
+    "umip-order": Shown(64, "0f0000", _user_under_umip_without_the_page),
     "selector-width": Shown(64, "488c18", _at_data),
     "control-order": Shown(64, "0f20c8", _user),
     "debug-detect": Shown(64, "0f21f8", _general_detect),
