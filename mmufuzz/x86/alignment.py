@@ -8,6 +8,8 @@ from mmufuzz.x86.bus import Bus, FrontBus
 from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.state import CR0_AM, FLAG_AC, VECTOR_AC, Fault, Regs
 
+_TABLES: Final = ("sgdt", "sidt")
+"""The limit, and the base 2 bytes behind it, are each aligned to their size (SDM vol. 3, 3.5.1)."""
 _IMAGES: Final = ("fnstenv", "fnsave", "fldenv", "frstor")
 """Of these the operand's address counts, by the width of the image's words, not that of each field."""
 
@@ -27,6 +29,7 @@ class AlignedBus(FrontBus):
 
     def __init__(self, bus: Bus, insn: Insn) -> None:
         super().__init__(bus)
+        self.table = insn.mnemonic in _TABLES
         self.image = insn.mnemonic in _IMAGES
         self.width = 2 if insn.size == 2 else 4
         """Of the words of an x87 image."""
@@ -35,6 +38,9 @@ class AlignedBus(FrontBus):
         if self.image:
             mask = self.width - 1
             self.width = 1
+        elif self.table:
+            mask = size - 3
+            gva += 2
         elif size > 8:
             mask = 7 if size == 10 else 0
         else:

@@ -83,8 +83,8 @@ def store_table(regs: Regs, insn: Insn, bus: Bus) -> None:
     address = operand_address(regs, insn, size, True)
     gdt = insn.mnemonic == "sgdt"
     base = regs.gdt_base if gdt else regs.idt_base
-    bus.store(regs, address, 2, regs.gdt_limit if gdt else regs.idt_limit, False)
-    bus.store(regs, address + 2 & rip_mask(regs), size - 2, base & alu.mask(size - 2), False)
+    limit = regs.gdt_limit if gdt else regs.idt_limit
+    bus.store(regs, address, size, limit | (base & alu.mask(size - 2)) << 16, False)
     advance(regs, insn)
 
 

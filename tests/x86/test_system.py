@@ -24,6 +24,9 @@ from flatbus import FlatBus, machine
 from flatbus import run as step
 
 from mmufuzz.x86 import Execution, execute
+from mmufuzz.x86.decode import decode
+from mmufuzz.x86.executor import execute as execute_insn
+from mmufuzz.x86.flat_registers import initial_registers
 from mmufuzz.x86.state import Fault
 
 MODES = pytest.mark.parametrize("mode", [64, 32])
@@ -582,3 +585,14 @@ def test_umip_keeps_system_registers_from_user_code(text: str) -> None:
     assert (user.stop, user.vector, user.error_code) == ("exception", 13, 0)
     assert execute(asm(text), registers=umip, memory=memory).stop == "end"
     assert execute(asm(text), registers={"cpl": 3, "rbx": 0x4000}, memory=memory).stop == "end"
+
+
+def test_a_table_register_is_stored_as_a_whole() -> None:
+    bus = FlatBus(0x3000)
+    bus.deny(0x2000, 0x3000)
+    regs = initial_registers(64)
+    regs.gpr[0] = 0x1FFC
+    regs.gdt_limit = 0xFFFF
+    with pytest.raises(Fault):
+        execute_insn(regs, decode(bytes.fromhex("0f0100"), True), bus)
+    assert not any(bus.memory)
