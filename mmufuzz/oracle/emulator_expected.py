@@ -92,8 +92,8 @@ def bsf_zero(made: Comparison) -> Comparison | None:
 
 
 def rep_end(made: Comparison) -> Comparison | None:
-    """A repetition: RIP as it was."""
-    if not made.repeated or made.emulated_vector >= 0:
+    """A repetition that neither side ends with a fault: RIP as it was."""
+    if not made.repeated or made.emulated_vector >= 0 or made.expected_vector >= 0:
         return None
     regs = made.expected.copy()
     regs.rip = made.start
