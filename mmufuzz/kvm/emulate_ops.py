@@ -18,6 +18,9 @@ VMMCALL: Final = 0xD9010F
 """0F 01 C1 and 0F 01 D9, little endian."""
 HYPERCALL_LENGTH: Final = 3
 
+_MOST_OF_A_BUS: Final = 32
+"""Bytes that ``Bus.store`` takes."""
+
 
 @mypyc_attr(native_class=False)
 class EmulationFailed(Exception):
@@ -138,9 +141,10 @@ class BusOps(X86EmulateOps):
         return value
 
     def write_std(self, gva: int, size: int, value: int, system: bool) -> None:
-        """A store, in pieces that a bus takes."""
-        for at in range(0, size, 8):
-            count = min(8, size - at)
+        """A store, whole if a bus takes that, so that it leaves nothing behind if it faults; a save area in pieces."""
+        piece = size if size <= _MOST_OF_A_BUS else 8
+        for at in range(0, size, piece):
+            count = min(piece, size - at)
             part = value >> 8 * at & (1 << 8 * count) - 1
             if system:
                 self.bus.store_system(self.regs, gva + at, count, part)

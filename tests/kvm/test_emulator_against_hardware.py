@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from emulated_sequences import CODE, DATA, GDT, SIZE, Comparer, Memory, Shown, compared
+from emulated_sequences import CODE, DATA, GDT, SIZE, Comparer, Memory, Shown, compared, emulate, emulator
 
+from mmufuzz.kvm.emulate import EMULATION_OK
 from mmufuzz.kvm.emulate_ctxt import CMPXCHG, READ, SYSTEM, WRITE, Access, X86EmulateCtxt
 from mmufuzz.kvm.emulate_handlers import EXECUTE, cannot_emulate
 from mmufuzz.kvm.fixes import behaviours
@@ -18,6 +19,7 @@ from mmufuzz.kvm.opcode_table import NAMES
 from mmufuzz.kvm.switches import Fixes
 from mmufuzz.oracle.emulator_compare import ADDRESS, PRIVILEGE
 from mmufuzz.oracle.emulator_deviations import DEVIATIONS, explain
+from mmufuzz.x86.flat_registers import initial_registers
 from mmufuzz.x86.insn import DS, ES, LDTR, SS, TR
 from mmufuzz.x86.paging import CR4_LA57
 from mmufuzz.x86.segments import install
@@ -78,6 +80,24 @@ def is_compared(comparer: Comparer, name: str) -> bool:
     if not comparer.forms:
         return False
     return any(comparer.instruction() and name in comparer.used for _ in range(60))
+
+
+def test_a_table_register_that_does_not_fit_its_page_is_stored_by_neither() -> None:
+    comparer = Comparer(64, 1)
+    regs = initial_registers(64)
+    regs.rip = CODE
+    regs.gpr[RAX] = DATA + 0xFF8
+    comparer.ours.poke(CODE, 3, 0x00010F)
+    comparer.ours.deny(DATA + 0x1000, DATA + 0x2000)
+    memory = bytes(comparer.ours.memory)
+    comparer.theirs.memory[:] = memory
+    before = regs.copy()
+    ctxt = emulator(regs, comparer.ours)
+    assert emulate(ctxt) == EMULATION_OK
+    comparer.execute(comparer.replayed(ctxt, before), ctxt, before, b"\x0f\x01\x00", "")
+    assert ctxt.have_exception
+    assert comparer.unexplained == []
+    assert comparer.ours.memory == memory
 
 
 FAULTS = {
