@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from mmufuzz.case.encodings import edge_value
 from mmufuzz.case.generate_insn import RAX, RCX, RDI, RDX, RSI, UNEMULATED, memory_form
 from mmufuzz.case.generate_vm import MMIO, Machine, Machines
 from mmufuzz.case.model import CODE_SLOT
@@ -46,7 +47,7 @@ def _device(vm: Machines, machine: Machine) -> int:
     machine.free_page()
     gva = machine.free_page()
     for page in (gva - 0x1000, gva, gva + 0x1000):
-        vm.map_data(machine, page, vm.pick(MMIO) if page == gva or vm.percent(50) else -1)
+        vm.map_data(machine, page, vm.pick(MMIO) if page == gva or vm.percent(65) else -1)
         machine.data.pop()
     machine.free_page()
     return gva
@@ -61,7 +62,7 @@ def _mmio(vm: Machines) -> None:
         place = device + vm.pick((0, 8, 0xFF8, 0xFFC, 0xFFD, 0xFFF, -1, -3, -4))
         if not machine.paged and place < 0:
             place = device
-        choice = vm.rng.below(10)
+        choice = vm.rng.below(12)
         if choice < 3:
             kind = vm.word(("mov", "mov imm", "xchg", "xadd", "lock add", "inc", "cmpxchg"))
             program.store(kind, place, vm.pick((1, 0x1122334455667788)), 0, 0, vm.fep and vm.percent(30))
@@ -72,14 +73,23 @@ def _mmio(vm: Machines) -> None:
             pair = (place, source) if vm.percent(50) else (source, place)
             program.string(vm.percent(60), pair[0], pair[1], 1 + vm.rng.below(3), False)
         elif choice < 8:
-            program.need(_RSP, place + (8 if program.mode64 else 4))
-            # ENTER 0, 0; PUSH RBX; CALL to the next instruction.
-            program.emit((b"\xc8\0\0\0", b"\x53", b"\xe8\0\0\0\0")[vm.rng.below(3)])
-            program.forget(_RSP)
-        elif choice < 9:
             program.vector(place)
+        elif choice < 11:
+            _push(vm, machine, device if vm.percent(60) else place)
         else:
             program.store(vm.word(UNEMULATED), place, 0, 0)
+
+
+def _push(vm: Machines, machine: Machine, place: int) -> None:
+    """The stack grows down to ``place``, or, if that begins a page, across one of its ends, which is two exits."""
+    program = machine.program
+    size = 8 if program.mode64 else 4
+    if place & 0xFFF == 0:
+        place += 0x1000 * vm.rng.below(2) - 1 - vm.rng.below(size - 1)
+    program.need(_RSP, place + size)
+    # ENTER 0, 0; PUSH RBX; CALL to the next instruction.
+    program.emit((b"\xc8\0\0\0", b"\xc8\0\0\0", b"\x53", b"\xe8\0\0\0\0")[vm.rng.below(4)])
+    program.forget(_RSP)
 
 
 def _intercepts(vm: Machines) -> None:
@@ -166,6 +176,8 @@ def _debug(vm: Machines) -> None:
         program.need(RAX, target + (5 if vm.fep and vm.percent(50) else 0))
         program.need(RCX, 1)
         program.emit(b"\x0f\x23\xc0\x0f\x23\xf9")
+    if stepping and vm.percent(40):
+        _fault_in_emulator(vm, machine)
     for _ in range(1 + vm.rng.below(3)):
         choice = vm.rng.below(6)
         gva = _victim_page(vm, machine)
@@ -181,6 +193,38 @@ def _debug(vm: Machines) -> None:
             program.emit((b"\x0f\x0b", b"\xcc", b"\x0f\xa2")[vm.rng.below(3)])
             program.forget(RAX)
             program.forget(RCX)
+
+
+def _fault_in_emulator(vm: Machines, machine: Machine) -> None:
+    """An instruction that only the emulator can execute, as its first page is write-protected or MMIO, and that faults.
+
+    It is a store across the end of that page or a copy from it to a page that is not there, or DIV that overflows.
+    """
+    program = machine.program
+    mode64 = program.mode64
+    if not machine.paged or vm.percent(20):
+        # DIV of RDX:RAX by an operand that is smaller than RDX.
+        program.need(RDX, (1 << 64) - 1)
+        program.emit(memory_form(b"\xf7", 6, program.address(_device(vm, machine)), mode64, mode64))
+        program.forget(RAX)
+        program.forget(RDX)
+        return
+    first = machine.free_page()
+    hole = machine.free_page()
+    gfn = vm.pick(MMIO)
+    copied = vm.percent(25)
+    if not copied and vm.percent(67):
+        # Tables above level 1 are write-protected, and what somebody else tracks.
+        upper = [table for table in vm.tables.levels if vm.tables.levels[table] > 1]
+        gfn = vm.pick(upper if vm.percent(50) else vm.data_gfns)
+        if gfn not in upper and gfn not in vm.tracked:
+            vm.tracked.append(gfn)
+    vm.tables.map(machine.root, first, gfn, PAGE)
+    if copied:
+        program.string(True, hole | 8, first | 8, 1 + vm.rng.below(2), False)
+    else:
+        kind = vm.word(("mov", "add", "xchg", "xadd", "or", "mov imm"))
+        program.store(kind, hole - 1 - vm.rng.below(3), edge_value(vm.rng), 0)
 
 
 def _victim_page(vm: Machines, machine: Machine) -> int:
