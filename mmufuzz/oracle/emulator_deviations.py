@@ -142,6 +142,12 @@ DEVIATIONS: Final[list[Deviation]] = [
         "get_descriptor_ptr",
         system.system_limit,
     ),
+    Deviation(
+        "system-compatibility",
+        "in compatibility mode LLDT and LTR take a descriptor of 8 bytes, and LTR a 16-bit TSS",
+        "__load_segment_descriptor",
+        system.system_compatibility,
+    ),
     Deviation("tss16", "LTR takes a 16-bit TSS in long mode", "__load_segment_descriptor", system.tss16),
     Deviation(
         "system-read",

@@ -29,6 +29,7 @@ from mmufuzz.x86.segments import refresh
 from mmufuzz.x86.state import (
     CR0_AM,
     CR4_UMIP,
+    EFER_LMA,
     RIGHTS_DB,
     RIGHTS_UNUSABLE,
     VECTOR_AC,
@@ -341,6 +342,18 @@ def system_limit(made: Comparison) -> Comparison | None:
     after = made.after.copy()
     regs.gdt_limit += 8
     after.gdt_limit += 8
+    return translated(made, insn, regs, after, made.accesses)
+
+
+def system_compatibility(made: Comparison) -> Comparison | None:
+    """LLDT and LTR in compatibility mode: as outside long mode."""
+    insn = made.insn
+    regs = made.origin()
+    if insn is None or made.decoded.name not in ("lldt", "ltr") or made.mode64 or not regs.efer & EFER_LMA:
+        return None
+    after = made.after.copy()
+    regs.efer &= ~EFER_LMA
+    after.efer &= ~EFER_LMA
     return translated(made, insn, regs, after, made.accesses)
 
 

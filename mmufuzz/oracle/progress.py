@@ -43,6 +43,9 @@ _TELLING: Final = (
 )
 """Prefixes of marks that tell loops apart; the others follow from these, or vary within one and the same loop."""
 
+_TELLING_ALONE: Final = "page_fault.cr0_wp"
+"""A mark that tells a loop in which no other one does; in others it comes and goes."""
+
 _TELLING_OF_DROPPED: Final = ("emulate.", "event.")
 """The same where each round drops the event it is to deliver: there are many ways to come to emulate, all as futile."""
 
@@ -147,14 +150,16 @@ class Progress:
         """A finding for each kind of loop that a stuck vCPU is in: two may be stuck for different reasons."""
         start = position - self._period
         stuck: dict[str, list[str]] = {}
+        alone = False
         for vcpu in self.kvm.vcpus:
             if not vcpu.finished and vcpu.progress == self._progress_at[start][vcpu.index]:
                 loop = _loop(vcpu.thread.marks, self._marks_at[start][vcpu.index])
+                alone = alone or _passed_alone(vcpu.thread.marks, self._marks_at[start][vcpu.index])
                 stuck.setdefault(loop, []).append(f"{vcpu.thread.name} at rip {vcpu.regs.rip:#x}")
         # A vCPU that only waits for another, or is undone by it, passes no marks that tell.
         waiting = stuck.pop("", [])
         if not stuck:
-            stuck[self._exits_since(start)] = []
+            stuck[_TELLING_ALONE if alone else self._exits_since(start)] = []
         # The first time round reads best: what led into the loop stands right before it.
         self.sink.period = (self._trace_at[self._since - self._period], self._trace_at[self._since])
         for loop, vcpus in stuck.items():
@@ -171,6 +176,10 @@ class Progress:
 def _counted(counts: dict[str, int], before: dict[str, int]) -> list[str]:
     """Names, in order, of what was counted since ``before``."""
     return [name for name in sorted(counts) if counts[name] != before.get(name, 0)]
+
+
+def _passed_alone(marks: dict[str, int], before: dict[str, int]) -> bool:
+    return marks.get(_TELLING_ALONE, 0) != before.get(_TELLING_ALONE, 0)
 
 
 def _loop(marks: dict[str, int], before: dict[str, int]) -> str:

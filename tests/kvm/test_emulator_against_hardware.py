@@ -27,6 +27,7 @@ from mmufuzz.x86.state import (
     CR0_AM,
     CR4_DE,
     CR4_UMIP,
+    EFER_LMA,
     FLAG_AC,
     FLAG_DF,
     MSR_SYSENTER_CS,
@@ -195,6 +196,24 @@ def _checked_for_alignment(regs: Regs, bus: Memory) -> None:
     regs.cr0 |= CR0_AM
     regs.rflags |= FLAG_AC
     regs.gpr[RAX] = DATA + 1
+
+
+def _compatibility_mode(regs: Regs) -> None:
+    regs.efer |= EFER_LMA
+    regs.compatibility = True
+
+
+def _task_segment_that_is_the_last_entry(regs: Regs, bus: Memory) -> None:
+    _compatibility_mode(regs)
+    regs.gpr[RAX] = 0xF8
+    bus.poke(GDT + 0xF8, 8, 0x00008900_3000_0067)
+
+
+def _task_segment_whose_upper_half_counts(regs: Regs, bus: Memory) -> None:
+    _compatibility_mode(regs)
+    regs.gpr[RAX] = 0x10
+    bus.poke(GDT + 0x10, 8, 0x00008900_3000_0067)
+    bus.poke(GDT + 0x18, 8, 0x12)
 
 
 def _user_under_umip_without_the_page(regs: Regs, bus: Memory) -> None:
@@ -393,6 +412,7 @@ SHOWN: dict[str, Shown] = {
     "ltr-error": Shown(64, "0f00d8", _local_selector),
     "system-limit": Shown(64, "0f00d0", _table_that_ends_in_the_descriptor),
     "system-read": Shown(64, "0f00d8", _task_segment),
+    "system-compatibility": Shown(32, "0f00d8", _task_segment_that_is_the_last_entry),
     "tss16": Shown(64, "0f00d8", _task_segment_of_16_bits),
     "enter-size": Shown(64, "66c8000000", _nothing),
     "enter-top": Shown(32, "c8000400", _small_stack),
@@ -435,6 +455,7 @@ def _destination_at_the_limit(regs: Regs, bus: Memory) -> None:
 
 
 OTHER_WAYS = [
+    ("system-compatibility", Shown(32, "0f00d8", _task_segment_whose_upper_half_counts)),
     ("ins-read-ahead", Shown(16, "f36d", _destination_at_the_limit)),
     ("ins-read-ahead", Shown(32, "f3666d", _destination_at_the_limit)),
     ("ins-read-ahead", Shown(32, "f3676d", _wrapping_destination)),
