@@ -204,11 +204,21 @@ def undefined_prefix(made: Comparison) -> Comparison | None:
     if not undefined or made.decoded.name not in ("fxsave", "fxrstor", "movnti", "xsetbv"):
         return None
     kept: list[int] = []
+    rex: list[int] = []
     place = 0
-    while made.code[place] in _PREFIXES or made.code[place] in _OTHER_PREFIXES:
-        if made.code[place] not in _PREFIXES:
-            kept.append(made.code[place])
+    while True:
+        byte = made.code[place]
+        if made.mode64 and byte & 0xF0 == 0x40:
+            rex = [byte]
+        elif byte in _PREFIXES or byte in _OTHER_PREFIXES:
+            # A REX before another prefix has no effect.
+            rex = []
+            if byte not in _PREFIXES:
+                kept.append(byte)
+        else:
+            break
         place += 1
+    kept += rex
     dropped = place - len(kept)
     try:
         insn = hardware_decode(bytes(kept) + made.code[place:], made.bits)

@@ -132,7 +132,8 @@ def first_byte(made: Comparison) -> Comparison | None:
     """An access that leaves the low canonical half.
 
     With 57-bit addresses an access that leaves the low half of 48-bit ones leaves nothing. There is no wider mode to
-    stand for that of 57 bits, so that of such an access only the fault is expected, which its second page gives.
+    stand for that of 57 bits: there the access is moved to where 48-bit addresses end, or, if it faults, only the fault
+    is expected.
     """
     insn = made.insn
     wide = made.after.cr4 & CR4_LA57 != 0
@@ -140,6 +141,15 @@ def first_byte(made: Comparison) -> Comparison | None:
         return None
     regs = made.origin()
     if wide:
+        if made.emulated_vector < 0 and made.decoded.in_memory:
+            by = (1 << 47) - (1 << 56)
+            moved = renamed(insn, insn.mnemonic, insn.operation)
+            moved.displacement += by
+            accesses = [
+                Access(each.kind, each.gva + by, each.size, each.value) if _straddles([each], 1 << 56) else each
+                for each in made.accesses
+            ]
+            return translated(made, moved, regs, made.after.copy(), accesses)
         faults = made.emulated_vector == VECTOR_PF or segment_fault(made)
         return expecting(made, regs, FAULT) if faults else None
     after = made.after.copy()

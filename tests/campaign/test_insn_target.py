@@ -147,3 +147,18 @@ def test_an_instruction_that_needs_fewer_bytes_than_its_length_is_noticed(monkey
     monkeypatch.setattr(insn_inputs, "_decode", short)
     with pytest.raises(AssertionError, match="goes on behind its end"):
         decoded(b"\x89\xc0\x90", 64)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        # MOVNTI with F2, a REX without effect, and 66.
+        "9f79f24a660fb575c3f24a664a660fc3",
+        # FXRSTOR with a REX without effect, and F3.
+        "1374f2b7230f01f30f01f3520f846c8c747200090004000fadacc081b70babebeaffe1e1e17171524bf30fae09e1b4f20f33",
+        # STR of a user under UMIP, whose operand faults with #SS.
+        "870ff30f008dd2f6bb64",
+    ],
+)
+def test_inputs_that_once_differed_are_explained(data: str) -> None:
+    assert run(bytes.fromhex(data))

@@ -216,6 +216,21 @@ def _task_segment_whose_upper_half_counts(regs: Regs, bus: Memory) -> None:
     bus.poke(GDT + 0x18, 8, 0x12)
 
 
+def _wide_memory_that_ends_nowhere(regs: Regs, bus: Memory) -> None:
+    """57-bit addresses, and an operand across the end of their low half, where there is memory."""
+    regs.cr4 |= CR4_LA57
+    regs.gpr[RDX] = (1 << 56) - 2
+
+    def load(_regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
+        return 0x01020304
+
+    def store(_regs: Regs, gva: int, size: int, value: int, locked: bool) -> None:
+        """Nobody looks at it."""
+
+    bus.load = load  # type: ignore[method-assign]
+    bus.store = store  # type: ignore[method-assign]
+
+
 def _user_under_umip_without_the_page(regs: Regs, bus: Memory) -> None:
     _user(regs, bus)
     _page_is_absent(regs, bus)
@@ -455,6 +470,8 @@ def _destination_at_the_limit(regs: Regs, bus: Memory) -> None:
 
 
 OTHER_WAYS = [
+    ("undefined-prefix", Shown(64, "f24a664a660fc308", _at_data)),
+    ("canonical-first-byte", Shown(64, "114a00", _wide_memory_that_ends_nowhere)),
     ("system-compatibility", Shown(32, "0f00d8", _task_segment_whose_upper_half_counts)),
     ("ins-read-ahead", Shown(16, "f36d", _destination_at_the_limit)),
     ("ins-read-ahead", Shown(32, "f3666d", _destination_at_the_limit)),
