@@ -19,6 +19,7 @@ from mmufuzz.campaign.kernel import Kernel, canonical
 from mmufuzz.campaign.recorder import Recorder
 from mmufuzz.campaign.tally import Tally
 from mmufuzz.kvm.fixes import LATEST
+from mmufuzz.outcome import HARNESS_ERROR
 
 DEFAULT_SECONDS: Final = 10.0
 
@@ -84,6 +85,8 @@ class Session:
         store = self.recorder.store
         for record in [*store.records.values(), *store.errors.values()]:
             print(f"  {record.kind}: {record.fingerprint} ({record.case})", flush=True)
+        for crash in store.crashes:
+            print(f"  {HARNESS_ERROR}: {crash}", flush=True)
         if any(record.new for record in store.records.values()):
             return 1
         return 70 if store.errors or store.crashes else 0

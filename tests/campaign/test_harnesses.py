@@ -15,6 +15,8 @@ from mmufuzz.campaign.budget import Budget, Stop
 from mmufuzz.campaign.corpus import Corpus
 from mmufuzz.campaign.engine_hypothesis import load_harness
 from mmufuzz.campaign.findings import FindingStore
+from mmufuzz.campaign.fuzz_target import record_crash
+from mmufuzz.campaign.harness import session
 from mmufuzz.campaign.kernel import Kernel
 from mmufuzz.campaign.recorder import Recorder, stuck
 from mmufuzz.campaign.tally import Tally
@@ -51,6 +53,16 @@ def test_a_harness_run_as_a_program_prints_one_line_of_what_it_did(name: str, tm
     assert done.returncode in (0, 1), done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith(name)]
     assert "20 " in line and "seed 1, v6.12" in line and "findings" in line
+
+
+def test_what_went_wrong_with_a_harness_is_printed_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = session("atheris_insn", ["--findings", str(tmp_path)])
+    record_crash(work, b"\0\0", "the emulator differs from hardware")
+    assert work.finish() == 70
+    (saved,) = tmp_path.glob("harness-errors/*[!t]")
+    assert f"  harness-error: atheris_insn: the emulator differs from hardware ({saved})" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["state_machine", "cases"])
