@@ -9,7 +9,7 @@ from typing import Final
 
 from mypy_extensions import mypyc_attr
 
-from mmufuzz.x86.bus import Bus
+from mmufuzz.x86.bus import WIDEST, Bus
 from mmufuzz.x86.execute_msr import get_msr, set_msr
 from mmufuzz.x86.state import Fault, Regs
 
@@ -17,9 +17,6 @@ VMCALL: Final = 0xC1010F
 VMMCALL: Final = 0xD9010F
 """0F 01 C1 and 0F 01 D9, little endian."""
 HYPERCALL_LENGTH: Final = 3
-
-_MOST_OF_A_BUS: Final = 32
-"""Bytes that ``Bus.store`` takes."""
 
 
 @mypyc_attr(native_class=False)
@@ -142,7 +139,7 @@ class BusOps(X86EmulateOps):
 
     def write_std(self, gva: int, size: int, value: int, system: bool) -> None:
         """A store, whole if a bus takes that, so that it leaves nothing behind if it faults; a save area in pieces."""
-        piece = size if size <= _MOST_OF_A_BUS else 8
+        piece = size if size <= WIDEST else 8
         for at in range(0, size, piece):
             count = min(piece, size - at)
             part = value >> 8 * at & (1 << 8 * count) - 1

@@ -43,12 +43,9 @@ def intercept(vcpu: Vcpu, bus: Bus, insn: Insn) -> VmExit | None:
     if name == ("vmmcall" if vcpu.guest_mode else "vmcall"):
         # At any privilege. L1 does not intercept it, so that it is KVM's.
         vmexit = VmExit(EXIT_HYPERCALL)
-        vmexit.insn = insn
-        vmexit.length = insn.length
-        return vmexit
-    if vcpu.guest_mode or name in ("vmcall", "vmmcall"):
+    elif vcpu.guest_mode or name in ("vmcall", "vmmcall"):
         return None
-    if name == "cpuid":
+    elif name == "cpuid":
         vmexit = VmExit(EXIT_CPUID)
     elif name in ("rdmsr", "wrmsr"):
         if regs.cpl != 0:

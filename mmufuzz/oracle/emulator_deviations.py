@@ -11,6 +11,7 @@ from typing import Final
 
 from mmufuzz.oracle import emulator_expected as results
 from mmufuzz.oracle import emulator_expected_far as far
+from mmufuzz.oracle import emulator_expected_segments as segments
 from mmufuzz.oracle import emulator_expected_system as system
 from mmufuzz.oracle.emulator_compare import Comparison
 
@@ -127,33 +128,33 @@ DEVIATIONS: Final[list[Deviation]] = [
         system.null_ss,
     ),
     Deviation(
-        "local-limit", "of the limit of the LDT the low 16 bits count", "get_descriptor_table_ptr", system.local_limit
+        "local-limit", "of the limit of the LDT the low 16 bits count", "get_descriptor_table_ptr", segments.local_limit
     ),
-    Deviation("lldt-local", "LLDT takes a selector of the LDT", "__load_segment_descriptor", system.lldt_local),
+    Deviation("lldt-local", "LLDT takes a selector of the LDT", "__load_segment_descriptor", segments.lldt_local),
     Deviation(
         "ltr-error",
         "LTR of a selector of the LDT is #GP(0), without the selector",
         "__load_segment_descriptor",
-        system.ltr_error,
+        segments.ltr_error,
     ),
     Deviation(
         "system-limit",
         "of a descriptor of 16 bytes, LLDT and LTR ask for 8 to be within the limit",
         "get_descriptor_ptr",
-        system.system_limit,
+        segments.system_limit,
     ),
     Deviation(
         "system-compatibility",
         "in compatibility mode LLDT and LTR take a descriptor of 8 bytes, and LTR a 16-bit TSS",
         "__load_segment_descriptor",
-        system.system_compatibility,
+        segments.system_compatibility,
     ),
-    Deviation("tss16", "LTR takes a 16-bit TSS in long mode", "__load_segment_descriptor", system.tss16),
+    Deviation("tss16", "LTR takes a 16-bit TSS in long mode", "__load_segment_descriptor", segments.tss16),
     Deviation(
         "system-read",
         "of a descriptor of 16 bytes, LLDT and LTR read 12",
         "__load_segment_descriptor",
-        system.system_read,
+        segments.system_read,
     ),
     Deviation("enter-size", "ENTER pushes RBP in the width of the stack", "em_enter", results.enter_size),
     Deviation(

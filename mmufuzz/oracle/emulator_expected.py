@@ -1,6 +1,6 @@
 """What KVM's emulator is expected to leave where it deviates: results, stack, encodings, strings.
 
-One function for each deviation, here, in ``emulator_expected_system`` and in ``emulator_expected_far``, answers the
+One function for each deviation, here and in ``emulator_expected_system``, ``_segments`` and ``_far``, answers the
 comparison with the deviation made good: with what KVM leaves in place of what hardware leaves (``expecting``), or with
 states or an instruction of which hardware makes the same as KVM of the real ones (``translated``). None if the
 deviation has nothing to do with the instruction. What still differs then is something else.
@@ -59,6 +59,17 @@ def operand_fault(made: Comparison) -> bool:
 
 def again(made: Comparison, insn: Insn) -> Comparison:
     return translated(made, insn, made.origin(), made.after, made.accesses)
+
+
+def without(made: Comparison, insn: Insn, cr0: int = 0, cr4: int = 0, efer: int = 0) -> Comparison:
+    """The comparison made again with these bits of the control registers clear, before and after."""
+    regs = made.origin()
+    after = made.after.copy()
+    for each in (regs, after):
+        each.cr0 &= ~cr0
+        each.cr4 &= ~cr4
+        each.efer &= ~efer
+    return translated(made, insn, regs, after, made.accesses)
 
 
 def resized(insn: Insn, size: int) -> Insn:

@@ -10,12 +10,10 @@ from typing import Final
 from mypy_extensions import mypyc_attr
 
 from mmufuzz.kvm.emulate_ctxt import CMPXCHG, PORT, READ, SYSTEM, WRITE, Access
-from mmufuzz.x86.bus import Bus
+from mmufuzz.x86.bus import WIDEST, Bus
 from mmufuzz.x86.state import PFERR_WRITE, VECTOR_GP, VECTOR_PF, Fault, Regs
 
 _PAGE: Final = ~0xFFF
-_WIDEST: Final = 32
-"""Bytes of the widest operand; save areas are wider."""
 NO_REGS: Final = Regs()
 """Stands where there are none yet; they cost more to make than to compare."""
 
@@ -109,7 +107,7 @@ class Replay(Bus):
             self.privilege = False
         error_code = fault.error_code & ~PFERR_WRITE | (PFERR_WRITE if write else 0)
         address = fault.address
-        if not failed.kind & SYSTEM and failed.size <= _WIDEST:
+        if not failed.kind & SYSTEM and failed.size <= WIDEST:
             # Which bytes of a descriptor it writes, and of a save area it reads first, is the CPU's own affair.
             address = (gva if gva & _PAGE == page else page) & self.mask
         raise Fault(VECTOR_PF, error_code, address)

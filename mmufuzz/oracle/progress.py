@@ -153,9 +153,9 @@ class Progress:
         alone = False
         for vcpu in self.kvm.vcpus:
             if not vcpu.finished and vcpu.progress == self._progress_at[start][vcpu.index]:
-                loop = _loop(vcpu.thread.marks, self._marks_at[start][vcpu.index])
-                alone = alone or _passed_alone(vcpu.thread.marks, self._marks_at[start][vcpu.index])
-                stuck.setdefault(loop, []).append(f"{vcpu.thread.name} at rip {vcpu.regs.rip:#x}")
+                passed = _counted(vcpu.thread.marks, self._marks_at[start][vcpu.index])
+                alone = alone or _TELLING_ALONE in passed
+                stuck.setdefault(_loop(passed), []).append(f"{vcpu.thread.name} at rip {vcpu.regs.rip:#x}")
         # A vCPU that only waits for another, or is undone by it, passes no marks that tell.
         waiting = stuck.pop("", [])
         if not stuck:
@@ -178,12 +178,7 @@ def _counted(counts: dict[str, int], before: dict[str, int]) -> list[str]:
     return [name for name in sorted(counts) if counts[name] != before.get(name, 0)]
 
 
-def _passed_alone(marks: dict[str, int], before: dict[str, int]) -> bool:
-    return marks.get(_TELLING_ALONE, 0) != before.get(_TELLING_ALONE, 0)
-
-
-def _loop(marks: dict[str, int], before: dict[str, int]) -> str:
-    """The fingerprint of a loop: the telling marks among those that were passed since ``before``."""
-    passed = _counted(marks, before)
+def _loop(passed: list[str]) -> str:
+    """The fingerprint of a loop: the telling marks among those that were ``passed`` in it."""
     telling = _TELLING_OF_DROPPED if "event.dropped" in passed else _TELLING
     return ",".join([name for name in passed if name.startswith(telling)])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from mypy_extensions import mypyc_attr
 
 from mmufuzz.x86.state import MSR_TSC, Regs
+
+WIDEST: Final = 32
+"""Bytes of the widest access of a bus, which is that of the widest operand; save areas are wider."""
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)

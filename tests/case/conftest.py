@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import ``strategies``."""
+"""Lets the tests of this folder import ``strategies`` and ``watched``."""
 
 from __future__ import annotations
 

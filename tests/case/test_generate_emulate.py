@@ -7,19 +7,16 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+from watched import Watched
 
 from mmufuzz.case import generate_emulate
 from mmufuzz.case.encodings import encode
 from mmufuzz.case.generate import CAMPAIGN, EMULATE, EXITS, generate_shape
 from mmufuzz.case.generate_insn import FEP
-from mmufuzz.case.model import MAX_STEP_BYTES, TSO, Case
+from mmufuzz.case.model import MAX_STEP_BYTES, Case
 from mmufuzz.case.rng import Rng
-from mmufuzz.host.memory import Memory
-from mmufuzz.host.sched import Host, RunStop
 from mmufuzz.kvm.emulate_decode import RIP
-from mmufuzz.kvm.observer import Observer
 from mmufuzz.kvm.opcode_table import STRING
-from mmufuzz.kvm.vm import build
 from mmufuzz.run import run
 from mmufuzz.x86.decode import Truncated, decode
 from mmufuzz.x86.execute_operands import MASK32, RCX, RDI, RSI
@@ -36,13 +33,11 @@ def made(seed: int, shape: str = EMULATE) -> Case:
     return generate_shape(Rng(seed), shape, CAMPAIGN)
 
 
-class Emulated(Observer):
+class Emulated(Watched):
     """What the emulator executes, by name, and how, and the page faults that the guest has of it."""
 
     def __init__(self, case: Case) -> None:
-        self.host = Host(Memory(), case.memory_model == TSO, case.options.event_limit)
-        self.kvm = build(case, self.host)
-        self.kvm.observer = self
+        super().__init__(case)
         self.last = ""
         self.strings: Counter[tuple[str, bool, bool]] = Counter()
         self.relative: Counter[tuple[int, int]] = Counter()
@@ -66,11 +61,6 @@ class Emulated(Observer):
     def guest_exception(self, vcpu: int, vector: int) -> None:
         if vector == 13:
             self.general_protection[self.last, self.kvm.vcpus[vcpu].regs.cpl] += 1
-
-    def run(self) -> None:
-        with suppress(RunStop):
-            self.host.run()
-
 
 class Sums:
     """Over N Cases."""

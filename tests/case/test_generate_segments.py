@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+from watched import Watched
 
 from mmufuzz.case.generate import CAMPAIGN, SEGMENTS, generate_shape
 from mmufuzz.case.generate_segments import FLAT, descriptor, selector
 from mmufuzz.case.generate_vm import DEFAULT, Machines
-from mmufuzz.case.model import TSO, Case
+from mmufuzz.case.model import Case
 from mmufuzz.case.rng import Rng
-from mmufuzz.host.memory import Memory
-from mmufuzz.host.sched import Host, RunStop
-from mmufuzz.kvm.observer import Observer
-from mmufuzz.kvm.vm import build
 from mmufuzz.outcome import OK
 from mmufuzz.run import run
 from mmufuzz.x86.segments import Descriptor
@@ -30,13 +26,11 @@ def made(seed: int) -> Case:
     return generate_shape(Rng(seed), SEGMENTS, CAMPAIGN)
 
 
-class Emulated(Observer):
+class Emulated(Watched):
     """What the emulator executes, as (name, size of code, CPL), and the selectors that MOV takes to SS."""
 
     def __init__(self, case: Case) -> None:
-        self.host = Host(Memory(), case.memory_model == TSO, case.options.event_limit)
-        self.kvm = build(case, self.host)
-        self.kvm.observer = self
+        super().__init__(case)
         self.seen: Counter[tuple[str, int, int]] = Counter()
         self.stack_selectors: Counter[tuple[int, int, int]] = Counter()
 
@@ -46,11 +40,6 @@ class Emulated(Observer):
         self.seen[ctxt.insn.name, ctxt.bits, cpl] += 1
         if ctxt.insn.name == "mov.to_sreg" and ctxt.insn.modrm_reg == SS and not ctxt.insn.in_memory:
             self.stack_selectors[ctxt.gpr[ctxt.insn.modrm_rm] & 0xFFFF, ctxt.bits, cpl] += 1
-
-    def run(self) -> None:
-        with suppress(RunStop):
-            self.host.run()
-
 
 class Sums:
     """Over N Cases."""

@@ -227,8 +227,8 @@ def _wide_memory_that_ends_nowhere(regs: Regs, bus: Memory) -> None:
     def store(_regs: Regs, gva: int, size: int, value: int, locked: bool) -> None:
         """Nobody looks at it."""
 
-    bus.load = load  # type: ignore[method-assign]
-    bus.store = store  # type: ignore[method-assign]
+    bus.load = load  # type: ignore[method-assign]  # only here is memory elsewhere
+    bus.store = store  # type: ignore[method-assign]  # the same
 
 
 def _user_under_umip_without_the_page(regs: Regs, bus: Memory) -> None:

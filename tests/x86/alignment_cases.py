@@ -85,7 +85,7 @@ def ours(name: str, address: int) -> int:
 def main() -> int:
     """0, or 77 with the reason where bochscpu does not run."""
     from walk_cases import READ, WalkCase  # noqa: PLC0415 - imports bochscpu's engine
-    from walk_engines import BochsEngine, Unavailable  # noqa: PLC0415
+    from walk_engines import BochsEngine, Unavailable  # noqa: PLC0415 - the same
 
     try:
         engine = BochsEngine("32-bit")
