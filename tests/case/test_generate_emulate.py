@@ -62,6 +62,7 @@ class Emulated(Watched):
         if vector == 13:
             self.general_protection[self.last, self.kvm.vcpus[vcpu].regs.cpl] += 1
 
+
 class Sums:
     """Over N Cases."""
 

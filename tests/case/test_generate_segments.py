@@ -41,6 +41,7 @@ class Emulated(Watched):
         if ctxt.insn.name == "mov.to_sreg" and ctxt.insn.modrm_reg == SS and not ctxt.insn.in_memory:
             self.stack_selectors[ctxt.gpr[ctxt.insn.modrm_rm] & 0xFFFF, ctxt.bits, cpl] += 1
 
+
 class Sums:
     """Over N Cases."""
 
