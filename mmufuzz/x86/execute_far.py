@@ -334,7 +334,7 @@ def iret(regs: Regs, insn: Insn, bus: Bus) -> None:
 
 
 def syscall(regs: Regs, insn: Insn, bus: Bus) -> None:
-    """SYSCALL, in 64-bit code."""
+    """SYSCALL, in 64-bit code. The RPL of CS is cleared, that of SS is what STAR says (SDM vol. 2, SYSCALL)."""
     if not regs.efer & EFER_SCE:
         raise Fault(VECTOR_UD)
     star = regs.msr.get(MSR_STAR, 0)
@@ -342,9 +342,9 @@ def syscall(regs: Regs, insn: Insn, bus: Bus) -> None:
     regs.gpr[11] = regs.rflags
     regs.rip = regs.msr.get(MSR_LSTAR, 0)
     regs.rflags = regs.rflags & ~(regs.msr.get(MSR_FMASK, 0) | FLAG_RF) | FLAG_FIXED
-    selector = star >> 32 & 0xFFFC
+    selector = star >> 32 & 0xFFFF
     regs.cpl = 0
-    install_flat(regs, CS, selector, True)
+    install_flat(regs, CS, selector & 0xFFFC, True)
     install_flat(regs, SS, selector + 8 & 0xFFFF, False)
 
 

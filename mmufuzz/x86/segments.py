@@ -179,10 +179,10 @@ def code_rights(regs: Regs, selector: int, descriptor: Descriptor, external: int
 
 
 def install_flat(regs: Regs, index: int, selector: int, long_code: bool) -> None:
-    """The fixed segments of SYSCALL, SYSENTER and their returns: flat, of the privilege in ``selector``."""
+    """The fixed segments of SYSCALL, SYSENTER and their returns: flat, their DPL is CPL."""
     rights = 0x9B if index == CS else 0x93
     size = RIGHTS_L if index == CS and long_code else RIGHTS_DB
-    install(regs, index, selector, 0, _FLAT_LIMIT, rights | (selector & 3) << 5 | size | 1 << 15)
+    install(regs, index, selector, 0, _FLAT_LIMIT, rights | regs.cpl << 5 | size | 1 << 15)
 
 
 def drop_inaccessible(regs: Regs) -> None:

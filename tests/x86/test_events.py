@@ -157,6 +157,12 @@ def test_syscall_and_sysret() -> None:
     assert (back.stop, back.registers["cpl"], back.registers["cs"], back.registers["ss"]) == ("end", 3, 0x23, 0x1B)
 
 
+def test_syscall_clears_the_rpl_of_cs_and_not_of_ss() -> None:
+    setup = wrmsr(0xC0000080, 0x501) + wrmsr(0xC0000081, 0xB << 32) + wrmsr(0xC0000082, HANDLER)
+    registers = run(64, setup + asm("syscall"), memory={HANDLER: b"\xf4" * 16}).registers
+    assert (registers["cs"], registers["ss"], registers["cpl"]) == (8, 0x13, 0)
+
+
 def test_syscall_without_efer_sce_is_undefined() -> None:
     assert run(64, asm("syscall")).vector == 6
 
