@@ -73,6 +73,12 @@ DEVIATIONS: Final[list[Deviation]] = [
         system.selector_width,
     ),
     Deviation(
+        "selector-read",
+        "SLDT and STR read their operand first, as wide as the operand size",
+        "x86_emulate_insn",
+        system.selector_read,
+    ),
+    Deviation(
         "control-order",
         "privilege, upper halves of DR6 and DR7 and SVM's address are checked before whether an instruction exists",
         "x86_emulate_insn, check_dr_write",
@@ -89,6 +95,12 @@ DEVIATIONS: Final[list[Deviation]] = [
         "of the two bytes of the I/O bitmap that count only the first must lie in the TSS, which may be a 16-bit one",
         "emulator_io_port_access_allowed",
         results.io_bitmap,
+    ),
+    Deviation(
+        "io-bitmap-fault",
+        "an I/O bitmap that cannot be read forbids: #GP(0), not #PF",
+        "emulator_io_port_access_allowed",
+        results.io_bitmap_fault,
     ),
     Deviation(
         "mmx-fault",
@@ -177,6 +189,18 @@ DEVIATIONS: Final[list[Deviation]] = [
         far.far_call,
     ),
     Deviation(
+        "far-mark",
+        "far JMP and RETF mark the descriptor before they look at the offset",
+        "em_jmp_far, em_ret_far",
+        far.far_mark,
+    ),
+    Deviation(
+        "far-return",
+        "RETF n from 64-bit code to 32-bit or 16-bit code adds n in the width of the stack there",
+        "em_ret_far_imm",
+        far.far_return,
+    ),
+    Deviation(
         "interrupt-size",
         "with a 32-bit operand INT in real mode pushes 12 bytes, not 6",
         "__emulate_int_real",
@@ -206,6 +230,12 @@ DEVIATIONS: Final[list[Deviation]] = [
         "em_sysexit",
         far.sysexit_null,
     ),
+    Deviation(
+        "lgdt-order",
+        "LGDT and LIDT read the first bytes of their operand before they check the last",
+        "em_lgdt_lidt",
+        system.table_order,
+    ),
     Deviation("lgdt16", "LGDT and LIDT of 16 bits read 5 bytes, not 6", "read_descriptor", system.lgdt16),
     Deviation("sgdt16", "SGDT and SIDT of 16 bits store 24 bits of the base, not 32", "em_sgdt", system.sgdt16),
     Deviation(
@@ -221,6 +251,7 @@ DEVIATIONS: Final[list[Deviation]] = [
         system.wrap,
     ),
     Deviation("sti-shadow", "STI with IF set casts an interrupt shadow all the same", "em_sti", results.sti_shadow),
+    Deviation("movsxd-read", "MOVSXD of 16 bits reads 4 bytes, not 2", "opcode_table", results.movsxd_read),
     Deviation("pause-rex", "PAUSE with REX.B exchanges R8 with rAX", "x86_emulate_insn", results.pause_rex),
 ]
 

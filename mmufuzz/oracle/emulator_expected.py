@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.kvm.emulate_ctxt import PORT, WRITE, Access
+from mmufuzz.kvm.emulate_ctxt import PORT, READ, SYSTEM, WRITE, Access
 from mmufuzz.kvm.opcode_table import MMX
 from mmufuzz.oracle.emulator_compare import (
     ADDRESS,
@@ -24,10 +24,11 @@ from mmufuzz.oracle.emulator_compare import (
 )
 from mmufuzz.x86 import alu
 from mmufuzz.x86.decode import Truncated, Unsupported
-from mmufuzz.x86.execute_operands import MASK32, MASK64, RAX, RCX, RDI, RSP, linear
+from mmufuzz.x86.execute_operands import MASK32, MASK64, RAX, RCX, RDI, RDX, RSP, linear
 from mmufuzz.x86.execute_vector import enter_mmx
 from mmufuzz.x86.insn import ES, IMM, TR, Insn, Operand, renamed
 from mmufuzz.x86.opcodes import MNEMONICS
+from mmufuzz.x86.paging import CR4_LA57
 from mmufuzz.x86.state import (
     FLAG_DF,
     FLAG_IF,
@@ -57,6 +58,11 @@ def operand_fault(made: Comparison) -> bool:
     return made.decoded.in_memory and (made.emulated_vector == VECTOR_PF or segment_fault(made))
 
 
+def low_half_end(made: Comparison) -> int:
+    """The first address that is not canonical in 64-bit code."""
+    return 1 << (56 if made.after.cr4 & CR4_LA57 else 47)
+
+
 def again(made: Comparison, insn: Insn) -> Comparison:
     return translated(made, insn, made.origin(), made.after, made.accesses)
 
@@ -72,11 +78,12 @@ def without(made: Comparison, insn: Insn, cr0: int = 0, cr4: int = 0, efer: int 
     return translated(made, insn, regs, after, made.accesses)
 
 
-def resized(insn: Insn, size: int) -> Insn:
-    """``insn`` with a first operand of ``size`` bytes."""
+def resized(insn: Insn, size: int, place: int = 0) -> Insn:
+    """``insn`` with an operand of ``size`` bytes, the one at ``place``."""
     other = renamed(insn, insn.mnemonic, insn.operation)
-    first = insn.operands[0]
-    other.operands = [Operand(first.kind, size, first.index, first.value), *insn.operands[1:]]
+    operand = insn.operands[place]
+    other.operands = insn.operands[:]
+    other.operands[place] = Operand(operand.kind, size, operand.index, operand.value)
     return other
 
 
@@ -103,11 +110,12 @@ def bsf_zero(made: Comparison) -> Comparison | None:
 
 
 def rep_end(made: Comparison) -> Comparison | None:
-    """A repetition that neither side ends with a fault: RIP as it was."""
+    """A repetition that neither side ends with a fault: RIP as it was, and no interrupt shadow any more."""
     if not made.repeated or made.emulated_vector >= 0 or made.expected_vector >= 0:
         return None
     regs = made.expected.copy()
     regs.rip = made.start
+    regs.shadow = 0
     return expecting(made, regs, ())
 
 
@@ -128,6 +136,14 @@ def cmpxchg_register(made: Comparison) -> Comparison | None:
     regs = made.expected.copy()
     regs.gpr[insn.modrm_rm] &= MASK32
     return expecting(made, regs, ())
+
+
+def movsxd_read(made: Comparison) -> Comparison | None:
+    """MOVSXD of 16 bits from memory that cannot be accessed: the fault of 4 bytes."""
+    insn = made.insn
+    if insn is None or insn.mnemonic != "movsxd" or made.decoded.op_bytes != 2 or not operand_fault(made):
+        return None
+    return again(made, resized(insn, 4, 1))
 
 
 def pause_rex(made: Comparison) -> Comparison | None:
@@ -242,12 +258,16 @@ def undefined_prefix(made: Comparison) -> Comparison | None:
 
 # Ports.
 
+_PORT_NAMES: Final = ("in", "ins", "out", "outs")
+_IO_BITMAP_PLACE: Final = 0x66
+"""Offset in the TSS of the field that says where the I/O bitmap begins."""
+
 
 def io_bitmap(made: Comparison) -> Comparison | None:
     """An I/O bitmap of a 16-bit TSS, or whose last byte is the TSS's last: as in a 32-bit TSS of a byte more."""
     insn = made.insn
     tss = made.after.segments[TR]
-    if insn is None or made.decoded.name not in ("in", "ins", "out", "outs") or tss.limit < _TSS_LIMIT:
+    if insn is None or made.decoded.name not in _PORT_NAMES or tss.limit < _TSS_LIMIT:
         return None
     if made.expected_vector != VECTOR_GP or made.emulated_vector == VECTOR_GP:
         return None
@@ -256,6 +276,28 @@ def io_bitmap(made: Comparison) -> Comparison | None:
     regs.segments[TR] = Segment(tss.selector, tss.base, tss.limit + 1, tss.rights | 8)
     after.segments[TR] = regs.segments[TR].copy()
     return translated(made, insn, regs, after, made.accesses)
+
+
+def io_bitmap_fault(made: Comparison) -> Comparison | None:
+    """An I/O bitmap, or its place in the TSS, that was asked for and cannot be read: #GP(0)."""
+    if made.decoded.name not in _PORT_NAMES or made.emulated_vector != VECTOR_GP or made.expected_vector >= 0:
+        return None
+    read = made.accesses
+    count = len(read)
+    if not 0 < count <= 2 or not segment_fault(made) or read[count - 1].kind != READ | SYSTEM:
+        return None
+    wanted = made.after.segments[TR].base + _IO_BITMAP_PLACE
+    if count == 2:
+        wanted += read[0].value - _IO_BITMAP_PLACE + (_port(made) >> 3)
+    failed = read[count - 1]
+    if failed.value >= 0 or failed.gva != wanted or failed.size != 2:
+        return None
+    return expecting(made, made.origin(), FAULT)
+
+
+def _port(made: Comparison) -> int:
+    immediate = made.decoded.entry.opcode in (0xE4, 0xE5, 0xE6, 0xE7)
+    return made.decoded.imm & 0xFF if immediate else made.gpr[RDX] & 0xFFFF
 
 
 def read_ahead(made: Comparison) -> Comparison | None:
@@ -285,7 +327,15 @@ def _piece_fault(made: Comparison) -> Comparison | None:
     regs = made.expected.copy()
     for index, by in ((RCX, ahead), (RDI, -ahead * size)):
         regs.gpr[index] = regs.gpr[index] & ~mask | regs.gpr[index] + by & mask
+    if _has_an_end(made, regs.gpr[RDI] & mask, len(ports) * size):
+        return expecting(made, regs, (*FAULT, MEMORY))
     return expecting(made, regs, (MEMORY, ERROR_CODE, ADDRESS))
+
+
+def _has_an_end(made: Comparison, start: int, size: int) -> bool:
+    """A piece runs past the width of the address, where elements go on at the beginning, or where none may be."""
+    ends = (alu.mask(made.decoded.ad_bytes) + 1, low_half_end(made))
+    return any(start < end < start + size for end in ends)
 
 
 def _beyond_the_segment(made: Comparison, size: int) -> bool:
@@ -299,7 +349,7 @@ def _beyond_the_segment(made: Comparison, size: int) -> bool:
 
 
 def _piece_wraps(made: Comparison) -> Comparison | None:
-    """A piece runs past the width of the address: element by element it would go on at the beginning."""
+    """Hardware does not store the elements in a row."""
     insn = made.decoded
     mask = alu.mask(insn.ad_bytes)
     ports = _read_from_port(made)
@@ -307,8 +357,9 @@ def _piece_wraps(made: Comparison) -> Comparison | None:
     size = ports[0].size if ports else 0
     regs = made.origin()
     base = 0 if made.mode64 else regs.segments[ES].base
+    wraps = MASK64 if made.mode64 else MASK32
     start = regs.gpr[RDI] & mask
-    if start + len(values) * size <= mask + 1:
+    if not _has_an_end(made, start, len(values) * size):
         return None
     stored = {}
     for access in made.accesses:
@@ -316,10 +367,11 @@ def _piece_wraps(made: Comparison) -> Comparison | None:
             if access.size % size:
                 return None
             for place in range(access.size // size):
-                stored[access.gva + place * size] = access.value >> 8 * size * place & alu.mask(size)
-    if stored != {base + start + place * size: value for place, value in enumerate(values)}:
+                stored[access.gva + place * size & wraps] = access.value >> 8 * size * place & alu.mask(size)
+    if stored != {base + start + place * size & wraps: value for place, value in enumerate(values)}:
         return None
     for index, by in ((RCX, -len(values)), (RDI, len(values) * size)):
         moved = regs.gpr[index] + by & mask
         regs.gpr[index] = moved if insn.ad_bytes >= 4 else regs.gpr[index] & ~mask | moved
+    regs.shadow = 0
     return expecting(made, regs, (*FAULT, MEMORY))

@@ -76,6 +76,33 @@ def _far_pointer(made: Comparison) -> tuple[int, int]:
     return value >> 8 * insn.op_bytes & 0xFFFF, value & alu.mask(insn.op_bytes)
 
 
+def _is_wide(regs: Regs, rights: int) -> bool:
+    """Code of these rights is 64-bit code."""
+    return regs.efer & EFER_LMA != 0 and rights & RIGHTS_L != 0
+
+
+def _is_beyond(regs: Regs, rights: int, limit: int, offset: int) -> bool:
+    """Code of these rights and this limit does not reach to ``offset``."""
+    return not is_canonical(regs, offset) if _is_wide(regs, rights) else offset > limit
+
+
+def far_mark(made: Comparison) -> Comparison | None:
+    """Far JMP and RETF beyond the code: the #PF of marking its descriptor accessed, which comes first."""
+    insn = made.decoded
+    if insn.name not in ("jmpf", "retf") or made.emulated_vector != VECTOR_PF or made.expected_vector != VECTOR_GP:
+        return None
+    failed = made.accesses[len(made.accesses) - 1]
+    read = [access for access in made.accesses if access.kind == READ | SYSTEM and access.size == 8]
+    if not read or failed.kind != WRITE | SYSTEM:
+        return None
+    descriptor = Descriptor(read[0].gva, read[0].value)
+    if (failed.gva, failed.value) != (read[0].gva, read[0].value | 1 << 40):
+        return None
+    offset = made.accesses[0].value & alu.mask(insn.op_bytes) if insn.name == "retf" else _far_pointer(made)[1]
+    regs = made.origin()
+    return expecting(made, regs, FAULT) if _is_beyond(regs, descriptor.rights, descriptor.limit, offset) else None
+
+
 def far_call(made: Comparison) -> Comparison | None:
     """Far CALL: CS is loaded, its descriptor accessed, before the offset is checked and before the pushes.
 
@@ -101,10 +128,9 @@ def far_call(made: Comparison) -> Comparison | None:
         rights = descriptor.rights | 1
         target = Segment(selector & 0xFFFC | regs.cpl, descriptor.base, descriptor.limit, rights)
     mask = MASK32 if regs.segments[SS].rights & RIGHTS_DB else 0xFFFF
-    wide = regs.efer & EFER_LMA != 0 and target.rights & RIGHTS_L != 0
-    if wide:
+    if _is_wide(regs, target.rights):
         mask = MASK64
-    if refused and (is_canonical(regs, offset) if wide else offset <= target.limit):
+    if refused and not _is_beyond(regs, target.rights, target.limit, offset):
         return None
     stack = _Pushes(regs, mask)
     if not refused:
@@ -118,6 +144,18 @@ def far_call(made: Comparison) -> Comparison | None:
         regs.gpr[RSP] = stack.rsp
         regs.rip = offset
     return expecting(made, regs, (*FAULT, MEMORY))
+
+
+def far_return(made: Comparison) -> Comparison | None:
+    """RETF n from 64-bit code to 32-bit or 16-bit code: n is added in the width of the stack there."""
+    insn = made.decoded
+    regs = made.expected.copy()
+    if insn.entry.opcode != 0xCA or made.emulated_vector >= 0 or not made.mode64 or regs.long_mode:
+        return None
+    regs.gpr[RSP] = made.gpr[RSP] + 2 * insn.op_bytes & MASK64
+    mask = 0xFFFF if regs.stack16 else MASK32
+    regs.gpr[RSP] = regs.gpr[RSP] & ~mask | regs.gpr[RSP] + (insn.imm & 0xFFFF) & mask
+    return expecting(made, regs, ())
 
 
 def _interrupt(made: Comparison) -> Comparison | None:
@@ -183,6 +221,7 @@ def sysexit_null(made: Comparison) -> Comparison | None:
     selector = regs.msr.get(MSR_SYSENTER_CS, 0)
     if selector == 0 or selector & 0xFFFC or made.emulated_vector >= 0 or made.expected_vector != VECTOR_GP:
         return None
+    regs.shadow = 0
     regs.rip = regs.gpr[RDX]
     regs.gpr[RSP] = regs.gpr[RCX]
     regs.cpl = 3

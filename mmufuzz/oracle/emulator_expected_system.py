@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mmufuzz.kvm.emulate_ctxt import READ, WRITE, Access
+from mmufuzz.kvm.emulate_ctxt import READ, WRITE
 from mmufuzz.kvm.emulate_ops import HYPERCALL_LENGTH, VMCALL, VMMCALL
 from mmufuzz.kvm.opcode_table import CHECK_SVM_ADDRESS, MOV, NO_WRITE, PRIV
 from mmufuzz.oracle.emulator_compare import (
@@ -21,10 +21,10 @@ from mmufuzz.oracle.emulator_compare import (
     same_segments,
     translated,
 )
-from mmufuzz.oracle.emulator_expected import again, operand_fault, resized, segment_fault, without
-from mmufuzz.x86.execute_operands import MASK32, RAX, effective_address, linear
-from mmufuzz.x86.insn import SS, renamed
-from mmufuzz.x86.paging import CR4_LA57
+from mmufuzz.oracle.emulator_expected import again, low_half_end, operand_fault, resized, segment_fault, without
+from mmufuzz.x86.bus import WIDEST
+from mmufuzz.x86.execute_operands import MASK32, MASK64, RAX, effective_address, linear
+from mmufuzz.x86.insn import FS, SS, Insn, renamed
 from mmufuzz.x86.segments import refresh
 from mmufuzz.x86.state import (
     CR0_AM,
@@ -38,6 +38,7 @@ from mmufuzz.x86.state import (
     VECTOR_SS,
     VECTOR_UD,
     Fault,
+    Regs,
     Segment,
 )
 
@@ -77,6 +78,15 @@ def selector_width(made: Comparison) -> Comparison | None:
     if insn is None or not stores or not made.decoded.in_memory or made.decoded.op_bytes != 8:
         return None
     return again(made, resized(insn, 8))
+
+
+def selector_read(made: Comparison) -> Comparison | None:
+    """SLDT and STR to memory that cannot be accessed: the fault of as many bytes as the operand size says."""
+    insn = made.insn
+    if insn is None or made.decoded.name not in ("sldt", "str") or not operand_fault(made):
+        return None
+    size = made.decoded.op_bytes
+    return again(made, resized(insn, size)) if size > insn.operands[0].size else None
 
 
 def control_order(made: Comparison) -> Comparison | None:
@@ -128,41 +138,23 @@ def segment_override(made: Comparison) -> Comparison | None:
 
 
 def first_byte(made: Comparison) -> Comparison | None:
-    """An access that leaves the low canonical half.
-
-    With 57-bit addresses an access that leaves the low half of 48-bit ones leaves nothing. There is no wider mode to
-    stand for that of 57 bits: there the access is moved to where 48-bit addresses end, or, if it faults, only the fault
-    is expected.
-    """
+    """An access that leaves the low canonical half: as if only its first byte had to be canonical."""
     insn = made.insn
-    wide = made.after.cr4 & CR4_LA57 != 0
-    if insn is None or not made.mode64 or not _straddles(made.accesses, 1 << (56 if wide else 47)):
-        return None
     regs = made.origin()
-    if wide:
-        if made.emulated_vector < 0 and made.decoded.in_memory:
-            by = (1 << 47) - (1 << 56)
-            moved = renamed(insn, insn.mnemonic, insn.operation)
-            moved.displacement += by
-            accesses = [
-                Access(each.kind, each.gva + by, each.size, each.value) if _straddles([each], 1 << 56) else each
-                for each in made.accesses
-            ]
-            return translated(made, moved, regs, made.after.copy(), accesses)
-        faults = made.emulated_vector == VECTOR_PF or segment_fault(made)
-        return expecting(made, regs, FAULT) if faults else None
-    after = made.after.copy()
-    regs.cr4 ^= CR4_LA57
-    after.cr4 ^= CR4_LA57
-    other = translated(made, insn, regs, after, made.accesses)
-    if made.repeated and segment_fault(made):
-        # The repetition goes on, to an element of which not even the first byte is canonical.
-        return expecting(other, other.expected, FAULT)
-    return other
+    if insn is None or not made.mode64 or not _leaves_the_low_half(made, regs, insn):
+        return None
+    regs.only_first_byte_canonical = True
+    return translated(made, insn, regs, made.after, made.accesses)
 
 
-def _straddles(accesses: list[Access], end: int) -> bool:
-    return any(access.gva < end < access.gva + access.size for access in accesses)
+def _leaves_the_low_half(made: Comparison, regs: Regs, insn: Insn) -> bool:
+    """An access does, or the operand, if it is refused for another reason."""
+    ranges = [(access.gva, access.size) for access in made.accesses]
+    if made.decoded.in_memory:
+        base = regs.segments[insn.segment].base if insn.segment >= FS else 0
+        ranges.append((effective_address(regs, insn) + base & MASK64, WIDEST))
+    end = low_half_end(made)
+    return any(first < end < first + size for first, size in ranges)
 
 
 def alignment(made: Comparison) -> Comparison | None:
@@ -218,6 +210,20 @@ def wrap(made: Comparison) -> Comparison | None:
     if effective_address(regs, insn) + 2 <= MASK32 or (made.emulated_vector == VECTOR_SS) != (insn.segment == SS):
         return None
     return expecting(made, regs, FAULT)
+
+
+def table_order(made: Comparison) -> Comparison | None:
+    """LGDT and LIDT whose first bytes are absent: the #PF, though the last ones are beyond segment or low half."""
+    insn = made.insn
+    if insn is None or made.decoded.name not in ("lgdt", "lidt") or made.emulated_vector != VECTOR_PF:
+        return None
+    regs = made.origin()
+    try:
+        first = linear(regs, insn.segment, effective_address(regs, insn), 2, False)
+    except Fault:
+        return None
+    refused = made.expected_vector in (VECTOR_GP, VECTOR_SS) and made.accesses[len(made.accesses) - 1].gva == first
+    return expecting(made, regs, FAULT) if refused else None
 
 
 def lgdt16(made: Comparison) -> Comparison | None:

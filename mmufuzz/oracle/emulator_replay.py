@@ -35,7 +35,8 @@ class Store:
 
 
 def _is_read(access: Access) -> bool:
-    return access.kind & ~SYSTEM == READ
+    """Whether it has read something: one that failed has not."""
+    return access.kind & ~SYSTEM == READ and access.value >= 0
 
 
 def _is_write(access: Access) -> bool:
@@ -247,8 +248,9 @@ class Replay(Bus):
     def _read_as_system(self, gva: int) -> int:
         for place in range(self.count):
             access = self.accesses[place]
-            if access.kind == READ | SYSTEM and access.gva <= gva < access.gva + access.size:
-                return access.value >> (gva - access.gva << 3) & 0xFF
+            place_in = gva - access.gva & self.mask
+            if access.kind == READ | SYSTEM and place_in < access.size:
+                return access.value >> (place_in << 3) & 0xFF
         return -1
 
     def same_write_privilege(self) -> bool:

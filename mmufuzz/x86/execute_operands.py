@@ -108,7 +108,8 @@ def is_canonical(regs: Regs, address: int) -> bool:
 def check_canonical(regs: Regs, address: int, size: int, stack: bool) -> None:
     """Raise #GP(0), or #SS(0) for a ``stack`` access, unless all ``size`` bytes (1..32) are canonical."""
     # An access that wraps past 2^64 continues in the canonical low half.
-    if not is_canonical(regs, address) or not is_canonical(regs, address + size - 1 & MASK64):
+    last = address if regs.only_first_byte_canonical else address + size - 1 & MASK64
+    if not is_canonical(regs, address) or not is_canonical(regs, last):
         raise Fault(VECTOR_SS if stack else VECTOR_GP, 0)
 
 

@@ -184,6 +184,8 @@ class Regs:
         """SS.B is clear outside 64-bit code: the stack pointer is SP."""
         self.flat = True
         """ES, SS and DS have base 0, a limit of 4 GiB and are writable; CS too, but readable."""
+        self.only_first_byte_canonical = False
+        """No CPU's: of an access only the first byte must be canonical. The oracle of KVM's emulator sets it."""
 
     @property
     def long_mode(self) -> bool:
@@ -228,6 +230,7 @@ class Regs:
         other.code16 = self.code16
         other.stack16 = self.stack16
         other.flat = self.flat
+        other.only_first_byte_canonical = self.only_first_byte_canonical
         return other
 
     def words(self) -> list[int]:

@@ -191,6 +191,18 @@ def _task(limit: int, kind: int) -> Callable[[Regs, Memory], None]:
     return setup
 
 
+def _task_without_a_bitmap(read: int) -> Callable[[Regs, Memory], None]:
+    """User code with a TSS of which the first ``read`` bytes are there; the I/O bitmap would be the last two."""
+
+    def setup(regs: Regs, bus: Memory) -> None:
+        _task(0x69, 0x8B)(regs, bus)
+        regs.segments[TR].base = 0x2000 - read
+        bus.poke(0x2000 - read + 0x66, 2, 0x68)
+        bus.deny(0x2000, 0x3000)
+
+    return setup
+
+
 def _checked_for_alignment(regs: Regs, bus: Memory) -> None:
     _user(regs, bus)
     regs.cr0 |= CR0_AM
@@ -216,19 +228,24 @@ def _task_segment_whose_upper_half_counts(regs: Regs, bus: Memory) -> None:
     bus.poke(GDT + 0x18, 8, 0x12)
 
 
-def _wide_memory_that_ends_nowhere(regs: Regs, bus: Memory) -> None:
-    """57-bit addresses, and an operand across the end of their low half, where there is memory."""
-    regs.cr4 |= CR4_LA57
-    regs.gpr[RDX] = (1 << 56) - 2
+def _wide_memory_that_ends_nowhere(register: int, behind: int) -> Callable[[Regs, Memory], None]:
+    """57-bit addresses, ``register`` at the end of their low half, and memory there."""
 
     def load(_regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
-        return 0x01020304
+        return 0x01020304 if size >= 4 else 0x0102
 
     def store(_regs: Regs, gva: int, size: int, value: int, locked: bool) -> None:
         """Nobody looks at it."""
 
-    bus.load = load  # type: ignore[method-assign]  # only here is memory elsewhere
-    bus.store = store  # type: ignore[method-assign]  # the same
+    def setup(regs: Regs, bus: Memory) -> None:
+        regs.cr4 |= CR4_LA57
+        regs.gpr[RCX] = 9
+        regs.gpr[RDI] = DATA
+        regs.gpr[register] = (1 << 56) + behind
+        bus.load = load  # type: ignore[method-assign]  # only here is memory elsewhere
+        bus.store = store  # type: ignore[method-assign]  # the same
+
+    return setup
 
 
 def _user_under_umip_without_the_page(regs: Regs, bus: Memory) -> None:
@@ -258,6 +275,58 @@ def _straddling_57_bits(regs: Regs, bus: Memory) -> None:
     regs.gpr[RAX] = (1 << 56) - 4
 
 
+def _table_register_that_leaves_the_low_half(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RAX] = (1 << 47) - 8
+    bus.deny((1 << 47) - 8, 1 << 47)
+
+
+def _table_register_that_leaves_its_segment(regs: Regs, bus: Memory) -> None:
+    """There is no page at its beginning, and no segment at its end."""
+    regs.gpr[RAX] = 0x1FFC
+    install(regs, DS, 0, 0, 0x1FFF, regs.segments[DS].rights & ~0x8000)
+    bus.deny(0x1000, 0x2000)
+
+
+def _returns_to(code: int, stack: int, rsp: int) -> Callable[[Regs, Memory], None]:
+    """The selector on the stack is of ``code``; ``stack`` is SS's rights."""
+
+    def setup(regs: Regs, bus: Memory) -> None:
+        regs.segments[SS].rights = stack
+        regs.gpr[RSP] = rsp
+        bus.poke(rsp, 4, 8 << 16)
+        bus.poke(GDT + 8, 8, code)
+
+    return setup
+
+
+def _jumps_beyond_the_code(regs: Regs, bus: Memory) -> None:
+    """To code that is not marked accessed, and whose descriptor cannot be written."""
+    regs.gpr[RAX] = DATA
+    bus.poke(DATA, 6, 8 << 32 | 0x10000)
+    bus.poke(GDT + 8, 8, 0x00409A000000FFFF)
+    bus.no_store = [range(GDT, GDT + 0x1000)]
+
+
+def _returns_beyond_the_code(regs: Regs, bus: Memory) -> None:
+    bus.poke(regs.gpr[RSP], 16, 8 << 64 | 1 << 48)
+    bus.poke(GDT + 8, 8, 0x00AF9A000000FFFF)
+    bus.no_store = [range(GDT, GDT + 0x1000)]
+
+
+def _unaligned_stack_operand_that_leaves_the_low_half(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RBP] = (1 << 47) - 2
+
+
+def _word_ends_its_page(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RAX] = 0x2000 - 2
+    bus.deny(0x2000, 0x3000)
+
+
+def _word_ends_its_segment(regs: Regs, bus: Memory) -> None:
+    regs.gpr[RAX] = 0x1FFE
+    install(regs, DS, 0, 0, 0x1FFF, regs.segments[DS].rights & ~0x8000)
+
+
 def _straddling_in_a_repetition(regs: Regs, bus: Memory) -> None:
     regs.gpr[RCX] = 3
     regs.gpr[RSI] = (1 << 47) - 3
@@ -281,6 +350,18 @@ def _null_system_call_selector(regs: Regs, bus: Memory) -> None:
 def _selector_bits_that_do_not_count(regs: Regs, bus: Memory) -> None:
     regs.msr[MSR_SYSENTER_CS] = 0x10000
     regs.gpr[RDX] = 1 << 63 | (1 << 63) - 1
+
+
+def _shadow_and_selector_bits_that_do_not_count(regs: Regs, bus: Memory) -> None:
+    _selector_bits_that_do_not_count(regs, bus)
+    regs.shadow = SHADOW_STI
+
+
+def _shadow_and_a_piece_of_three(regs: Regs, bus: Memory) -> None:
+    """REP INS reads ahead to the end of the page."""
+    regs.shadow = SHADOW_STI
+    regs.gpr[RCX] = 5
+    regs.gpr[RDI] = 0x2000 - 3
 
 
 def _local_selector(regs: Regs, bus: Memory) -> None:
@@ -412,9 +493,11 @@ SHOWN: dict[str, Shown] = {
     "sreg-order": Shown(64, "8e08", _page_is_absent),
     "umip-order": Shown(64, "0f0000", _user_under_umip_without_the_page),
     "selector-width": Shown(64, "488c18", _at_data),
+    "selector-read": Shown(64, "0f0000", _word_ends_its_page),
     "control-order": Shown(64, "0f20c8", _user),
     "debug-detect": Shown(64, "0f21f8", _general_detect),
     "io-bitmap": Shown(64, "ec", _task(0x68, 0x8B)),
+    "io-bitmap-fault": Shown(64, "ec", _task_without_a_bitmap(0x68)),
     "mmx-fault": Shown(64, "0f7f00", _page_is_absent),
     "segment-override": Shown(64, "368b00", _not_canonical),
     "canonical-first-byte": Shown(64, "488b00", _straddling),
@@ -434,18 +517,22 @@ SHOWN: dict[str, Shown] = {
     "undefined-prefix": Shown(64, "660fc308", _at_data),
     "pusha-stores": Shown(32, "60", _stack_page_ends),
     "far-call": Shown(64, "ff18", _stack_that_wraps),
+    "far-mark": Shown(32, "ff28", _jumps_beyond_the_code),
+    "far-return": Shown(64, "66ca0080", _returns_to(0x00CF9B000000FFFF, 0x93, 0x9F00)),
     "interrupt-size": Shown(16, "66cd21", _interrupt_table),
     "interrupt-limit": Shown(16, "cd21", _no_interrupt_table),
     "interrupt-stores": Shown(16, "cd21", _second_push_faults),
     "iret-order": Shown(16, "66cf", _offset_beyond_the_limit),
     "ins-read-ahead": Shown(64, "f36d", _read_ahead_over_a_page),
     "sysexit-null": Shown(64, "480f35", _null_system_call_selector),
+    "lgdt-order": Shown(32, "0f0110", _table_register_that_leaves_its_segment),
     "lgdt16": Shown(32, "660f0110", _at_data),
     "sgdt16": Shown(32, "660f0100", _base_of_32_bits),
     # The segment ends 320 bytes behind the operand.
     "fxsave-size": Shown(16, "0fae06c0fe", _nothing),
     "wrap-4g": Shown(32, "0f0110", _last_byte_below_4_gib),
     "sti-shadow": Shown(64, "fb", _interruptible),
+    "movsxd-read": Shown(64, "666318", _word_ends_its_page),
     "pause-rex": Shown(64, "f34190", _old_value),
 }
 
@@ -463,6 +550,18 @@ def _wrapping_destination(regs: Regs, bus: Memory) -> None:
     bus.memory.extend(bytes(16))
 
 
+def _wrapping_destination_before_an_absent_page(regs: Regs, bus: Memory) -> None:
+    _wrapping_destination(regs, bus)
+    bus.deny(SIZE, SIZE + 0x1000)
+
+
+def _down_to_the_end_of_the_offsets(regs: Regs, bus: Memory) -> None:
+    """ES grows down, so that offset 0 is not in it; KVM checks the first byte of the piece and what follows it."""
+    install(regs, ES, 0, DATA, 0xFF, regs.segments[ES].rights | 4)
+    regs.gpr[RCX] = 3
+    regs.gpr[RDI] = 0xFFFFFFFE
+
+
 def _destination_at_the_limit(regs: Regs, bus: Memory) -> None:
     """Room for one element before ES ends, or DI wraps; KVM reads two."""
     _wrapping_destination(regs, bus)
@@ -471,11 +570,28 @@ def _destination_at_the_limit(regs: Regs, bus: Memory) -> None:
 
 OTHER_WAYS = [
     ("undefined-prefix", Shown(64, "f24a664a660fc308", _at_data)),
-    ("canonical-first-byte", Shown(64, "114a00", _wide_memory_that_ends_nowhere)),
+    ("canonical-first-byte", Shown(64, "114a00", _wide_memory_that_ends_nowhere(RDX, -2))),
+    ("canonical-first-byte", Shown(64, "50", _wide_memory_that_ends_nowhere(RSP, 4))),
+    ("canonical-first-byte", Shown(64, "5a", _wide_memory_that_ends_nowhere(RSP, -4))),
+    ("canonical-first-byte", Shown(64, "48a5", _wide_memory_that_ends_nowhere(RSI, -2))),
+    ("canonical-first-byte", Shown(64, "f3ab", _wide_memory_that_ends_nowhere(RDI, -3))),
+    ("ins-read-ahead", Shown(64, "f3666d", _wide_memory_that_ends_nowhere(RDI, -6))),
+    ("canonical-first-byte", Shown(64, "0f0110", _table_register_that_leaves_the_low_half)),
+    ("canonical-first-byte", Shown(64, "660f6f4500", _unaligned_stack_operand_that_leaves_the_low_half)),
+    ("far-mark", Shown(64, "48cb", _returns_beyond_the_code)),
+    ("far-return", Shown(64, "66ca0010", _returns_to(0x008F9B000000FFFF, 0x93, 0xF000))),
+    ("selector-read", Shown(32, "0f0008", _word_ends_its_segment)),
+    ("rep-end", Shown(64, "f36c", _shadow_and_a_piece_of_three)),
+    ("sysexit-null", Shown(64, "480f35", _shadow_and_selector_bits_that_do_not_count)),
+    ("io-bitmap-fault", Shown(64, "e405", _task_without_a_bitmap(0x66))),
+    ("io-bitmap-fault", Shown(32, "f36c", _task_without_a_bitmap(0x68))),
+    ("io-bitmap-fault", Shown(32, "6e", _task_without_a_bitmap(0x68))),
     ("system-compatibility", Shown(32, "0f00d8", _task_segment_whose_upper_half_counts)),
     ("ins-read-ahead", Shown(16, "f36d", _destination_at_the_limit)),
     ("ins-read-ahead", Shown(32, "f3666d", _destination_at_the_limit)),
     ("ins-read-ahead", Shown(32, "f3676d", _wrapping_destination)),
+    ("ins-read-ahead", Shown(32, "f3666d", _down_to_the_end_of_the_offsets)),
+    ("ins-read-ahead", Shown(32, "f366676d", _wrapping_destination_before_an_absent_page)),
     ("ins-read-ahead", Shown(64, "f3486d", _read_ahead_over_a_page)),
     ("hypercall", Shown(16, "0f01c1", _shadow_and_no_interrupt_table)),
     ("hypercall", Shown(64, "0f01d9", _code_cannot_be_written)),

@@ -14,7 +14,7 @@ from mmufuzz.kvm.switches import Fixes
 from mmufuzz.oracle.emulator_compare import Comparison
 from mmufuzz.oracle.emulator_deviations import explain
 from mmufuzz.x86.flat_registers import initial_registers
-from mmufuzz.x86.insn import CS, DS, TR
+from mmufuzz.x86.insn import CS, DS, SS, TR
 from mmufuzz.x86.segments import install
 from mmufuzz.x86.state import (
     CR0_EM,
@@ -24,12 +24,15 @@ from mmufuzz.x86.state import (
     CR4_TSD,
     EFER_LMA,
     EFER_LME,
+    EFER_SCE,
     FLAG_AC,
     FLAG_FIXED,
     FLAG_ID,
     FLAG_RF,
     FLAG_VIF,
     FLAG_VIP,
+    MSR_LSTAR,
+    MSR_STAR,
     MSR_SYSENTER_CS,
     MSR_SYSENTER_EIP,
     MSR_SYSENTER_ESP,
@@ -435,6 +438,40 @@ def test_sysenter_from_compatibility_mode_enters_64_bit_code() -> None:
     made = alike(32, "0f34", sysenter(8))
     assert (made.after.rip, made.after.gpr[RSP], made.after.long_mode) == (0x3000, 0x4000, False)
     assert raised(alike(32, "0f34", compatibility(3))) == GP0
+
+
+def test_a_descriptor_above_4_gib_is_marked_from_compatibility_mode() -> None:
+    table = 1 << 32 | GDT
+
+    def setup(regs: Regs, bus: Memory) -> None:
+        compatibility(8)(regs, bus)
+        regs.gdt_base = table
+        regs.gpr[RAX] = 0x10
+        bus.poke(GDT + 0x10, 8, 0x00CF92000000FFFF)
+        load = bus.load
+        store = bus.store
+
+        def load_below(_regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
+            return load(_regs, gva & 0xFFFF, size, rmw, locked)
+
+        def store_below(_regs: Regs, gva: int, size: int, value: int, locked: bool) -> None:
+            store(_regs, gva & 0xFFFF, size, value, locked)
+
+        bus.load = load_below  # type: ignore[method-assign]  # only here is memory elsewhere
+        bus.store = store_below  # type: ignore[method-assign]  # the same
+
+    made = alike(32, "8ee0", setup)
+    assert raised(made) == NONE
+    assert [(write.gva, write.value) for write in made.bus.writes] == [(table + 0x10, 0x00CF93000000FFFF)]
+
+
+def test_syscall_takes_the_rpl_of_ss_from_star() -> None:
+    def setup(regs: Regs, bus: Memory) -> None:
+        regs.efer |= EFER_SCE
+        regs.msr |= {MSR_STAR: 0xB << 32, MSR_LSTAR: FAR}
+
+    segments = alike(64, "0f05", setup).after.segments
+    assert [(segments[index].selector, segments[index].rights >> 5 & 3) for index in (CS, SS)] == [(8, 0), (0x13, 0)]
 
 
 def test_sysexit_goes_to_code_of_the_size_that_rex_says() -> None:
