@@ -15,7 +15,8 @@ from mmufuzz.campaign.fuzz_target import CoverageTable, fuzz, record_crash, rest
 from mmufuzz.campaign.harness import session
 from mmufuzz.campaign.insn_counters import N_COUNTERS, counters
 from mmufuzz.campaign.insn_emulator import EmulatorDiffers
-from mmufuzz.campaign.insn_inputs import bits_of, crossed, mutated, steps
+from mmufuzz.campaign.insn_inputs import crossed, mutated, steps
+from mmufuzz.campaign.insn_states import bits_of
 from mmufuzz.campaign.insn_target import run
 from mmufuzz.campaign.mutators import dictionary
 from mmufuzz.campaign.recorder import Recorder

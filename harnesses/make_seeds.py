@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from mmufuzz.campaign.insn_inputs import bits_of
 from mmufuzz.campaign.insn_seeds import seeds
+from mmufuzz.campaign.insn_states import bits_of
 from mmufuzz.case import bytes as case_bytes
 from mmufuzz.case.generate import SHAPES, generate_shape
 from mmufuzz.case.rng import Rng

@@ -7,7 +7,8 @@ from array import array
 from typing import Final
 
 from mmufuzz.campaign.insn_emulator import place_of
-from mmufuzz.campaign.insn_inputs import MODES, emulator_entries_of
+from mmufuzz.campaign.insn_inputs import emulator_entries_of
+from mmufuzz.campaign.insn_states import MODES
 from mmufuzz.campaign.insn_target import Step, run
 from mmufuzz.x86.opcodes import FORMS
 

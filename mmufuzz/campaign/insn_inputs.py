@@ -1,6 +1,6 @@
 """Inputs of the harness of decoder, executor and emulator: their form, how they are changed, and the seeds.
 
-An input is a byte for the mode, one for the registers, and instructions (``insn_target`` executes them).
+An input is a header for the state it begins in (``insn_states``), and instructions (``insn_target`` executes them).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from functools import cache
 from typing import Final
 
 from mmufuzz.campaign.insn_emulator import emulator_encoding, emulator_entries
+from mmufuzz.campaign.insn_states import HEADER, bits_of
 from mmufuzz.case.encodings import encode
 from mmufuzz.case.rng import Rng
 from mmufuzz.kvm.opcode_table import Opcode
@@ -18,19 +19,7 @@ from mmufuzz.x86.insn import Insn
 from mmufuzz.x86.opcodes import FORMS, Form, entries
 from mmufuzz.x86.state import Fault
 
-MODES: Final = (64, 32, 16)
-USER: Final = 1 << 2
-HANDLED: Final = 1 << 3
-"""Bits of the first byte: code at CPL 3; exceptions go through an IDT. Below them is the place in ``MODES``."""
-
-HEADER: Final = 2
-"""Bytes before the instructions."""
 MOST_INSTRUCTIONS: Final = 32
-
-
-def bits_of(data: bytes) -> int:
-    """Of ``MODES``, the one that an input begins in; it is not empty."""
-    return MODES[(data[0] & 3) % len(MODES)]
 
 
 def decoded(code: bytes, bits: int) -> Insn | None:
@@ -103,15 +92,20 @@ def encoding(rng: Rng, form: Form, bits: int) -> bytes:
 
 
 def mutated(data: bytes, max_size: int, rng: Rng, raw: Callable[[bytes, int], bytes]) -> bytes:
-    """libFuzzer's custom mutator: every other time its own, ``raw``; else instructions come, go, change or double."""
+    """libFuzzer's custom mutator: every other time its own, ``raw``; else instructions come, go, change or double.
+
+    Or the state changes that they begin in, but not its mode.
+    """
     if len(data) > HEADER and rng.below(2):
         return raw(data, max_size)
     header = data[:HEADER] if len(data) >= HEADER else rng.bytes(HEADER)
     bits = bits_of(header)
     pieces = steps(data) if len(data) > HEADER else []
     place = rng.below(len(pieces) + 1)
-    choice = rng.below(4)
-    if choice < 2 or not pieces:
+    choice = rng.below(5)
+    if choice == 4:
+        header = bytes((header[0] & 3 | rng.below(64) << 2,)) + rng.bytes(HEADER - 1)
+    elif choice < 2 or not pieces:
         pieces[place : place + choice] = [any_encoding(rng, bits)]
     elif choice == 2:
         del pieces[place : place + 1 + rng.below(4)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mmufuzz.campaign.insn_emulator import emulator_encoding, place_of
-from mmufuzz.campaign.insn_inputs import MODES, MOST_INSTRUCTIONS, emulator_entries_of, encoding, entries_of
+from mmufuzz.campaign.insn_inputs import MOST_INSTRUCTIONS, emulator_entries_of, encoding, entries_of
+from mmufuzz.campaign.insn_states import HEADER, MODES
 from mmufuzz.campaign.insn_target import run
 from mmufuzz.case.rng import Rng
 
@@ -25,6 +26,6 @@ def seeds() -> list[bytes]:
 def _inputs(mode: int, codes: list[bytes]) -> list[bytes]:
     """As few inputs as hold ``codes``; ``mode`` is a place in ``MODES``."""
     return [
-        bytes((mode, start & 0xFF)) + b"".join(codes[start : start + MOST_INSTRUCTIONS])
+        bytes((mode, start & 0xFF)).ljust(HEADER, b"\0") + b"".join(codes[start : start + MOST_INSTRUCTIONS])
         for start in range(0, len(codes), MOST_INSTRUCTIONS)
     ]

@@ -10,19 +10,16 @@ from __future__ import annotations
 from typing import Final
 
 from mmufuzz.campaign.insn_emulator import emulate
-from mmufuzz.campaign.insn_inputs import HANDLED, HEADER, MOST_INSTRUCTIONS, USER, bits_of, decoded
-from mmufuzz.case.encodings import edge_value
-from mmufuzz.case.rng import Rng
+from mmufuzz.campaign.insn_inputs import MOST_INSTRUCTIONS, decoded
+from mmufuzz.campaign.insn_states import HEADER, absent_pages, registers
 from mmufuzz.kvm.opcode_table import Opcode
 from mmufuzz.x86.bus import Bus
 from mmufuzz.x86.decode import MAX_LENGTH, Unsupported
 from mmufuzz.x86.event import TripleFault, deliver_exception
 from mmufuzz.x86.execute_operands import RCX
 from mmufuzz.x86.executor import execute
-from mmufuzz.x86.flat_registers import initial_registers
 from mmufuzz.x86.insn import REP_NONE, Insn
-from mmufuzz.x86.segments import refresh
-from mmufuzz.x86.state import CR0_AM, CR0_PG, CR4_UMIP, FLAG_AC, VECTOR_GP, Fault, Regs
+from mmufuzz.x86.state import CR0_PG, PFERR_USER, PFERR_WRITE, VECTOR_GP, VECTOR_PF, Fault, Regs
 
 ORIGIN: Final = 0x1000
 
@@ -31,26 +28,36 @@ _BEHIND_FAULTS: Final = frozenset(("movdr",))
 
 
 class EchoBus(Bus):
-    """Memory that holds ``fill`` over and over until it is written to, and no paging.
+    """Memory that holds ``fill`` over and over until it is written to, on all pages but those of ``absent``.
 
     Code is apart from it: what is fetched at RIP is ``code``, wherever the code segment begins.
     """
 
-    def __init__(self, fill: bytes) -> None:
+    def __init__(self, fill: bytes, absent: list[int]) -> None:
         self.fill = fill
+        self.absent = absent
         self.memory: dict[int, int] = {}
         self.code = b""
         self.code_at = -1
 
     def copy(self, code: bytes) -> EchoBus:
         """The same memory, with ``code`` to fetch."""
-        other = EchoBus(self.fill)
+        other = EchoBus(self.fill, self.absent)
         other.memory = self.memory.copy()
         other.code = code
         return other
 
+    def _check(self, regs: Regs, gva: int, size: int, write: bool) -> None:
+        if not self.absent:
+            return
+        for at in (gva, gva + size - 1 & ~0xFFF):
+            if at >> 12 in self.absent:
+                user = regs.cpl == 3 and not self.system
+                raise Fault(VECTOR_PF, (PFERR_WRITE if write else 0) | (PFERR_USER if user else 0), at)
+
     def load(self, regs: Regs, gva: int, size: int, rmw: bool, locked: bool) -> int:
         """See ``Bus``."""
+        self._check(regs, gva, size, rmw)
         fill = self.fill
         value = 0
         for place in range(size):
@@ -61,6 +68,7 @@ class EchoBus(Bus):
     def store(self, regs: Regs, gva: int, size: int, value: int, locked: bool) -> None:
         """See ``Bus``."""
         assert 0 <= value < 1 << (8 * size), "a store wider than its size"
+        self._check(regs, gva, size, True)
         for place in range(size):
             self.memory[gva + place] = value >> (8 * place) & 0xFF
 
@@ -104,35 +112,6 @@ class Step:
         self.insn = insn
         self.vector = vector
         self.entry = entry
-
-
-def registers(data: bytes) -> Regs:
-    """The registers that the first two bytes stand for: addresses, mostly, and values at which flags change."""
-    bits = bits_of(data)
-    rng = Rng(data[1])
-    regs = initial_registers(bits)
-    for number in range(16 if bits == 64 else 8):
-        value = edge_value(rng) if rng.below(4) == 0 else 0x2000 + 64 * rng.below(0x380)
-        regs.gpr[number] = value if bits == 64 else value & 0xFFFFFFFF
-        regs.xmm[number] = edge_value(rng) << 128 | edge_value(rng)
-    for number in range(8):
-        regs.fpr[number] = rng.below(1 << 16) << 64 | edge_value(rng)
-    regs.ftw = rng.below(256)
-    regs.fsw = rng.below(8) << 11
-    if data[0] & USER and bits != 16:
-        regs.cpl = 3
-        regs.segments[1].rights |= 3 << 5
-        regs.segments[2].rights |= 3 << 5
-    if regs.cpl == 3 and rng.below(2):
-        regs.cr0 |= CR0_AM
-        regs.rflags |= FLAG_AC
-    if rng.below(8) == 0:
-        regs.cr4 |= CR4_UMIP
-    regs.gdt_base = regs.idt_base = 0x10000
-    regs.gdt_limit = 0xFFFF
-    regs.idt_limit = 0xFFFF if data[0] & HANDLED else 0
-    refresh(regs)
-    return regs
 
 
 def step(regs: Regs, insn: Insn, bus: EchoBus) -> int:
@@ -181,7 +160,7 @@ def run(data: bytes) -> list[Step]:
     if len(data) <= HEADER:
         return done
     regs = registers(data)
-    bus = EchoBus(data[HEADER:])
+    bus = EchoBus(data[HEADER:], absent_pages(data))
     offset = HEADER
     while len(done) < MOST_INSTRUCTIONS and offset < len(data):
         # A far transfer may have changed it.

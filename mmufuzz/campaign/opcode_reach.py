@@ -7,7 +7,8 @@ from typing import Any
 
 from mmufuzz.campaign.files import InputError, reason
 from mmufuzz.campaign.insn_emulator import EmulatorDiffers, Place, place_of
-from mmufuzz.campaign.insn_inputs import MODES, emulator_entries_of, entries_of
+from mmufuzz.campaign.insn_inputs import emulator_entries_of, entries_of
+from mmufuzz.campaign.insn_states import MODES
 from mmufuzz.campaign.insn_target import run
 from mmufuzz.kvm.opcode_table import Opcode
 from mmufuzz.x86.opcodes import Form

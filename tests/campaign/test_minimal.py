@@ -134,7 +134,8 @@ def test_an_atheris_corpus_is_merged_in_place_unless_there_is_no_time(tmp_path: 
 
 
 def test_the_corpus_of_the_instruction_harness_is_merged_by_what_its_inputs_execute(tmp_path: Path) -> None:
-    inputs = [bytes((mode, 0)) + code for mode in range(3) for code in (b"\x90", b"\x90\x90", b"\xf4", b"\x90\xf4")]
+    codes = (b"\x90", b"\x90\x90", b"\xf4", b"\x90\xf4")
+    inputs = [bytes((mode, 0, 0, 0)) + code for mode in range(3) for code in codes]
     own = tmp_path / "atheris_insn"
     own.mkdir()
     for data in inputs:
@@ -144,7 +145,7 @@ def test_the_corpus_of_the_instruction_harness_is_merged_by_what_its_inputs_exec
     assert minimize(own, insn_reach, Budget(), lambda: False) > 0
     left = [path.read_bytes() for path in own.iterdir()]
     assert {item for data in left for item in insn_reach(data)} == before
-    assert all(len(data) == 3 for data in left)
+    assert all(len(data) == 5 for data in left)
 
 
 def test_a_torn_file_of_libfuzzer_is_no_input_and_goes_before_it_starts_again(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_corpus_verify_reports_what_is_not_in_order(mmufuzz: Run, healthy: Path,
 
 def test_corpus_opcodes_counts_entries_and_names_the_missing_ones(mmufuzz: Run, tmp_path: Path) -> None:
     assert mmufuzz("corpus", "opcodes", CORPUS / "seeds" / "atheris_insn").status == 0
-    (tmp_path / "one").write_bytes(b"\0\0\x90")
+    (tmp_path / "one").write_bytes(bytes(4) + b"\x90")
     answer = mmufuzz("corpus", "opcodes", tmp_path, "--json", "-")
     assert answer.status == 1
     mode = answer.json["modes"]["64-bit"]
