@@ -17,6 +17,9 @@ from mmufuzz.x86.paging import CR4_LA57
 from mmufuzz.x86.segments import install, refresh
 from mmufuzz.x86.state import (
     CR0_AM,
+    CR0_EM,
+    CR0_MP,
+    CR0_TS,
     CR4_DE,
     CR4_TSD,
     CR4_UMIP,
@@ -24,6 +27,7 @@ from mmufuzz.x86.state import (
     EFER_LME,
     EFER_SCE,
     FLAG_AC,
+    FLAG_DF,
     MSR_FMASK,
     MSR_LSTAR,
     MSR_STAR,
@@ -47,19 +51,19 @@ HEADER: Final = 4
 
 _MASK64: Final = (1 << 64) - 1
 _TABLES: Final = 0x10000
+"""Where GDT, IDT, LDT and TSS lie."""
 _EDGES: Final = (
     *(0x3000, 0x4000, 0x5000, 0x3000, 0x4000, 1 << 16, 1 << 31, 1 << 32),
     *(1 << 47, 1 << 56, (1 << 64) - (1 << 47), (1 << 64) - (1 << 56), 1 << 64),
 )
-_FLAGS: Final = (0, 2, 4, 6, 7, 8, 9, 11, 12, 13, 14, 18)
+_FLAG_BITS: Final = (0, 2, 4, 6, 7, 8, 9, 11, 12, 13, 14, 18)
 _LIMITS: Final = (0xFFFF, 0xFFF, 0x3007, 0x4003, 0xFFFFFFFF, 0x10003)
 _BASES: Final = (0, 0, 0x10, 0xFFFF0000, 0x1000)
 _DATA_TYPES: Final = (3, 7, 1, 5)
-"""Of data segments: up and down, writable and not, accessed."""
+"""Of data segments that have been accessed: up and down, writable, which SS has to be, and not."""
 _SELECTORS: Final = (0, 3, 8, 16, 0x10000)
 _MSRS: Final = (MSR_SYSENTER_CS, MSR_SYSENTER_ESP, MSR_SYSENTER_EIP, MSR_STAR, MSR_LSTAR, MSR_FMASK)
-_CR0_BITS: Final = (2, 4, 8, 32)
-"""MP, EM, TS and NE."""
+_CR0_NE: Final = 1 << 5
 _DR7_GD: Final = 1 << 13
 
 
@@ -137,16 +141,16 @@ def _unusual_registers(regs: Regs, rng: Rng, bits: int) -> None:
         else:
             continue
         regs.gpr[number] = value if bits == 64 else value & 0xFFFFFFFF
-    for bit in _FLAGS:
+    for bit in _FLAG_BITS:
         if rng.below(2):
             regs.rflags ^= 1 << bit
     if rng.below(4) == 0:
-        regs.rflags ^= 1 << 10
+        regs.rflags ^= FLAG_DF
     regs.shadow = rng.below(3)
 
 
 def _unusual_control(regs: Regs, rng: Rng, bits: int) -> None:
-    for bit in _CR0_BITS:
+    for bit in (CR0_MP, CR0_EM, CR0_TS, _CR0_NE):
         if rng.below(6) == 0:
             regs.cr0 |= bit
     if rng.below(2):
