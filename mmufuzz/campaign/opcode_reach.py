@@ -90,5 +90,6 @@ def reach_of(paths: list[Path]) -> OpcodeReach:
                 if not file.name.startswith("."):
                     reach.add(file.read_bytes())
         except OSError as error:
-            raise InputError(str(path), f"expected a readable file or directory ({reason(error)})") from error
+            where = str(error.filename or path)
+            raise InputError(where, f"expected a readable file or directory ({reason(error)})") from error
     return reach

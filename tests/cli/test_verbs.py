@@ -141,6 +141,13 @@ def test_corpus_opcodes_counts_entries_and_names_the_missing_ones(mmufuzz: Run, 
     assert "0F A2 cpuid" in mode["missing"] and "90 nop" not in mode["missing"]
 
 
+def test_corpus_opcodes_names_the_file_that_it_cannot_read(mmufuzz: Run, tmp_path: Path) -> None:
+    (tmp_path / "inputs" / "inner").mkdir(parents=True)
+    answer = mmufuzz("corpus", "opcodes", tmp_path / "inputs")
+    assert answer.status == 2
+    assert answer.err.startswith(f"mmufuzz corpus: {tmp_path / 'inputs' / 'inner'}: expected a readable file")
+
+
 def test_doctor_finds_the_bug_it_plants(mmufuzz: Run) -> None:
     answer = mmufuzz("doctor", "--json", "-")
     assert answer.status == 0
