@@ -14,6 +14,7 @@ from mmufuzz.campaign.kernel import Kernel
 from mmufuzz.campaign.reached import NOTHING
 from mmufuzz.campaign.reducing import shrink
 from mmufuzz.campaign.running import safe_run
+from mmufuzz.campaign.suspects import stuck
 from mmufuzz.campaign.tally import EngineTally, Tally
 from mmufuzz.case.model import Case
 from mmufuzz.host.strategy import Strategy
@@ -24,12 +25,6 @@ REDUCE_RUNS = 1500
 
 REDUCE_SECONDS = 20.0
 """Seconds spent on one reduction: livelocks run long."""
-
-STUCK_EVENTS = 200
-"""Events per retired instruction, exception or exit to userspace above which a run that was cut short is reported."""
-
-LONG_RUN = 10_000
-"""Events of a run that had a chance: a Case may set itself a limit too low for any result."""
 
 MAX_REDUCED = 24
 """Fingerprints of one campaign that are reduced; a flood beyond that is saved as found."""
@@ -118,20 +113,3 @@ class Recorder:
 
     def _may_reduce(self) -> bool:
         return self.reduce_findings and len(self.store.records) <= MAX_REDUCED and not self.stop.requested
-
-
-def stuck(outcome: Outcome) -> bool:
-    """Whether a run that the event limit cut short looks like more than a guest whose own code loops.
-
-    Looping code retires an instruction or takes an exception (a handler that faults) every few events, and every few
-    dozen even if KVM emulates each of them; REP on MMIO does not retire, but each element goes to userspace. A long REP
-    instruction in memory does neither, but it hardly ever exits; KVM and a guest that go round in circles exit all the
-    time, and a circle through userspace has the progress oracle to see it.
-    """
-    steps = outcome.instructions + outcome.exceptions + sum(len(exits) for exits in outcome.userspace)
-    exits = sum(outcome.exits.values())
-    return (
-        outcome.events >= LONG_RUN
-        and steps * STUCK_EVENTS < outcome.events
-        and exits * STUCK_EVENTS >= outcome.events
-    )

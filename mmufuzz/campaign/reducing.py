@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from mmufuzz.campaign.attribution import changed, shown_unchanged, shows
 from mmufuzz.campaign.running import safe_run
+from mmufuzz.campaign.suspects import stuck
 from mmufuzz.case.model import Case
 from mmufuzz.host.strategy import Strategy
-from mmufuzz.outcome import Finding, Outcome
+from mmufuzz.outcome import SUSPECT, Finding, Outcome
 from mmufuzz.search.edits import key
 from mmufuzz.search.reduce import ReduceError, reduce
 
@@ -25,11 +26,13 @@ def shrink(
     """``case`` made as small as ``runs`` runs allow while it still shows ``finding``; and the runs it took.
 
     The kernel and its changes stay. What the unchanged kernel shows too is no reproducer of a finding that the
-    changes are to blame for. ``should_stop`` is asked before each run; ``tick`` is told how many were made.
+    changes are to blame for; nor is a run that just ends at the event limit one of a run that was stuck.
+    ``should_stop`` is asked before each run; ``tick`` is told how many were made.
     """
     best = case
     made = 0
     blamed = changed(case) and not shown_unchanged(case, finding)
+    suspected = finding.kind == SUSPECT and stuck(safe_run(case))
 
     def attempt(candidate: Case, strategy: Strategy | None) -> Outcome:
         nonlocal best, made
@@ -38,6 +41,8 @@ def shrink(
         made += 1
         tick(made)
         outcome = safe_run(candidate, strategy)
+        if suspected and not stuck(outcome):
+            return Outcome()
         if strategy is None and shows(outcome, finding) is not None:
             if blamed and shown_unchanged(candidate, finding):
                 return Outcome()

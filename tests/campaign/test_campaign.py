@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmufuzz.campaign.corpus
+from mmufuzz.campaign import reducing
 from mmufuzz.campaign.attribution import attributed, shown_unchanged
 from mmufuzz.campaign.budget import Budget, Stop, parse_duration
 from mmufuzz.campaign.corpus import Corpus, files, load_directory
@@ -30,13 +31,14 @@ from mmufuzz.case import bytes as case_bytes
 from mmufuzz.case import toml
 from mmufuzz.case.error import CaseError
 from mmufuzz.case.generate import GenerateOptions, generate
-from mmufuzz.case.model import FINDING, Case, Expect, Options, Slot, Vcpu, Word
+from mmufuzz.case.model import FINDING, FLAT32, Case, Expect, Options, Slot, Vcpu, Word
 from mmufuzz.case.rng import Rng
 from mmufuzz.host.deviation import HOLD, RUN, Deviation
 from mmufuzz.host.sites import EMUL_STORE, THREAD_START, label
 from mmufuzz.kvm.counters import BLOCKS, N_COUNTERS
-from mmufuzz.outcome import Finding, Outcome
+from mmufuzz.outcome import SUSPECT, Finding, Outcome
 from mmufuzz.run import run
+from mmufuzz.x86.asm import assemble
 
 CASE = generate(Rng(7))
 RACE = Finding("coherence", "coherence|fetch|L1", "a stale translation", 0)
@@ -300,6 +302,21 @@ def test_a_reduction_keeps_the_kernel_and_what_is_attributed_to_it() -> None:
     small, runs = shrink(case, finding, 400, lambda: False, lambda made: None)
     assert (small.kernel, small.revert) == (case.kernel, case.revert)
     assert runs > 10 and attributed(small, finding, 0)
+
+
+def test_a_reduction_of_a_stuck_run_is_stuck_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exits_for_cpuid(outcome: Outcome) -> bool:
+        return outcome.exits.get("cpuid", 0) > 0
+
+    program = (*(assemble(line, False) for line in ("nop", "cpuid", "nop")), b"\xeb\xfe")
+    vcpu = Vcpu(mode=FLAT32, flags=(), code_gva=0x2000, code_gfn=2, program=program)
+    case = Case(options=Options(event_limit=200), slots=(Slot(0, 16),), vcpus=(vcpu,))
+    (finding,) = run(case).findings
+    assert finding.kind == SUSPECT
+    assert shrink(case, finding, 400, lambda: False, lambda made: None)[0].vcpus[0].program == (b"\xeb\xfe",)
+    monkeypatch.setattr(reducing, "stuck", exits_for_cpuid)
+    small, _ = shrink(case, finding, 400, lambda: False, lambda made: None)
+    assert small.vcpus[0].program == (program[1], b"\xeb\xfe")
 
 
 def test_the_record_says_whether_the_change_is_to_blame(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from mmufuzz.campaign.findings import FindingStore
 from mmufuzz.campaign.fuzz_target import record_crash
 from mmufuzz.campaign.harness import session
 from mmufuzz.campaign.kernel import Kernel
-from mmufuzz.campaign.recorder import Recorder, stuck
+from mmufuzz.campaign.recorder import Recorder
+from mmufuzz.campaign.suspects import stuck
 from mmufuzz.campaign.tally import Tally
 from mmufuzz.case import toml
 from mmufuzz.case.validate import validate
@@ -119,6 +120,7 @@ def test_a_run_cut_short_is_reported_only_if_it_exits_and_hardly_anything_retire
     outcome = Outcome()
     outcome.events = 20000
     outcome.exits = {"page-fault": 400}
+    outcome.userspace = ((),)
     outcome.instructions = 5000
     assert not stuck(outcome)
     outcome.instructions = 3
@@ -128,10 +130,21 @@ def test_a_run_cut_short_is_reported_only_if_it_exits_and_hardly_anything_retire
     outcome.exceptions = 0
     outcome.userspace = (("mmio write 0x100000 4 0x0",) * 400,)  # REP on MMIO
     assert not stuck(outcome)
-    outcome.userspace = ()
+    outcome.userspace = ((),)
     outcome.exits = {"page-fault": 9}  # one long REP instruction
     assert not stuck(outcome)
     outcome.exits = {"page-fault": 400}
     outcome.events = 40
     outcome.instructions = 0
+    assert not stuck(outcome)
+
+
+def test_a_run_is_not_stuck_if_one_vcpu_gets_on_and_keeps_the_others_from_it() -> None:
+    outcome = Outcome()
+    outcome.events = 20000
+    outcome.exits = {"page-fault": 590}
+    outcome.instructions = 69
+    outcome.userspace = ((),)
+    assert stuck(outcome)
+    outcome.userspace = ((), (), ())
     assert not stuck(outcome)
