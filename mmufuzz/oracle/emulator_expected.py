@@ -286,11 +286,9 @@ def io_bitmap_fault(made: Comparison) -> Comparison | None:
     count = len(read)
     if not 0 < count <= 2 or not segment_fault(made) or read[count - 1].kind != READ | SYSTEM:
         return None
-    wanted = made.after.segments[TR].base + _IO_BITMAP_PLACE
-    if count == 2:
-        wanted += read[0].value - _IO_BITMAP_PLACE + (_port(made) >> 3)
+    place = _IO_BITMAP_PLACE if count == 1 else read[0].value + (_port(made) >> 3)
     failed = read[count - 1]
-    if failed.value >= 0 or failed.gva != wanted or failed.size != 2:
+    if failed.value >= 0 or failed.gva != made.after.segments[TR].base + place or failed.size != 2:
         return None
     return expecting(made, made.origin(), FAULT)
 

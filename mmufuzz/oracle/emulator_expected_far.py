@@ -49,11 +49,11 @@ def _made_writes(made: Comparison, wanted: list[Access]) -> bool:
     found = [access for access in made.accesses if access.kind & ~SYSTEM in (WRITE, CMPXCHG)]
     if len(found) > len(wanted) or (len(found) < len(wanted) and made.fault is None):
         return False
-    for place, access in enumerate(found):
-        other = wanted[place]
-        if (access.kind, access.gva, access.size, access.value) != (other.kind, other.gva, other.size, other.value):
-            return False
-    return True
+    return all(_is_same(access, wanted[place]) for place, access in enumerate(found))
+
+
+def _is_same(one: Access, other: Access) -> bool:
+    return (one.kind, one.gva, one.size, one.value) == (other.kind, other.gva, other.size, other.value)
 
 
 def _stack_fault(made: Comparison) -> bool:
@@ -76,6 +76,19 @@ def _far_pointer(made: Comparison) -> tuple[int, int]:
     return value >> 8 * insn.op_bytes & 0xFFFF, value & alu.mask(insn.op_bytes)
 
 
+def _descriptor(made: Comparison) -> Descriptor | None:
+    """The descriptor that the emulator read first, of 8 bytes."""
+    for access in made.accesses:
+        if access.kind == READ | SYSTEM and access.size == 8:
+            return Descriptor(access.gva, access.value)
+    return None
+
+
+def _marking(descriptor: Descriptor) -> Access:
+    """The write that marks ``descriptor`` accessed."""
+    return Access(WRITE | SYSTEM, descriptor.address, 8, descriptor.word | 1 << 40)
+
+
 def _is_wide(regs: Regs, rights: int) -> bool:
     """Code of these rights is 64-bit code."""
     return regs.efer & EFER_LMA != 0 and rights & RIGHTS_L != 0
@@ -92,11 +105,8 @@ def far_mark(made: Comparison) -> Comparison | None:
     if insn.name not in ("jmpf", "retf") or made.emulated_vector != VECTOR_PF or made.expected_vector != VECTOR_GP:
         return None
     failed = made.accesses[len(made.accesses) - 1]
-    read = [access for access in made.accesses if access.kind == READ | SYSTEM and access.size == 8]
-    if not read or failed.kind != WRITE | SYSTEM:
-        return None
-    descriptor = Descriptor(read[0].gva, read[0].value)
-    if (failed.gva, failed.value) != (read[0].gva, read[0].value | 1 << 40):
+    descriptor = _descriptor(made)
+    if descriptor is None or not _is_same(failed, _marking(descriptor)):
         return None
     offset = made.accesses[0].value & alu.mask(insn.op_bytes) if insn.name == "retf" else _far_pointer(made)[1]
     regs = made.origin()
@@ -119,12 +129,11 @@ def far_call(made: Comparison) -> Comparison | None:
     if regs.real_mode:
         target = Segment(selector, selector << 4, code.limit, code.rights)
     else:
-        read = [access for access in made.accesses if access.kind == READ | SYSTEM and access.size == 8]
-        if not read:
+        descriptor = _descriptor(made)
+        if descriptor is None:
             return None
-        descriptor = Descriptor(read[0].gva, read[0].value)
         if not descriptor.type & 1:
-            writes.append(Access(WRITE | SYSTEM, read[0].gva, 8, read[0].value | 1 << 40))
+            writes.append(_marking(descriptor))
         rights = descriptor.rights | 1
         target = Segment(selector & 0xFFFC | regs.cpl, descriptor.base, descriptor.limit, rights)
     mask = MASK32 if regs.segments[SS].rights & RIGHTS_DB else 0xFFFF

@@ -287,11 +287,11 @@ def _table_register_that_leaves_its_segment(regs: Regs, bus: Memory) -> None:
     bus.deny(0x1000, 0x2000)
 
 
-def _returns_to(code: int, stack: int, rsp: int) -> Callable[[Regs, Memory], None]:
-    """The selector on the stack is of ``code``; ``stack`` is SS's rights."""
+def _returns_to(code: int, rsp: int) -> Callable[[Regs, Memory], None]:
+    """The selector on the stack is of ``code``, where the stack is a 16-bit one."""
 
     def setup(regs: Regs, bus: Memory) -> None:
-        regs.segments[SS].rights = stack
+        regs.segments[SS].rights = 0x93
         regs.gpr[RSP] = rsp
         bus.poke(rsp, 4, 8 << 16)
         bus.poke(GDT + 8, 8, code)
@@ -518,7 +518,7 @@ SHOWN: dict[str, Shown] = {
     "pusha-stores": Shown(32, "60", _stack_page_ends),
     "far-call": Shown(64, "ff18", _stack_that_wraps),
     "far-mark": Shown(32, "ff28", _jumps_beyond_the_code),
-    "far-return": Shown(64, "66ca0080", _returns_to(0x00CF9B000000FFFF, 0x93, 0x9F00)),
+    "far-return": Shown(64, "66ca0080", _returns_to(0x00CF9B000000FFFF, 0x9F00)),
     "interrupt-size": Shown(16, "66cd21", _interrupt_table),
     "interrupt-limit": Shown(16, "cd21", _no_interrupt_table),
     "interrupt-stores": Shown(16, "cd21", _second_push_faults),
@@ -579,7 +579,7 @@ OTHER_WAYS = [
     ("canonical-first-byte", Shown(64, "0f0110", _table_register_that_leaves_the_low_half)),
     ("canonical-first-byte", Shown(64, "660f6f4500", _unaligned_stack_operand_that_leaves_the_low_half)),
     ("far-mark", Shown(64, "48cb", _returns_beyond_the_code)),
-    ("far-return", Shown(64, "66ca0010", _returns_to(0x008F9B000000FFFF, 0x93, 0xF000))),
+    ("far-return", Shown(64, "66ca0010", _returns_to(0x008F9B000000FFFF, 0xF000))),
     ("selector-read", Shown(32, "0f0008", _word_ends_its_segment)),
     ("rep-end", Shown(64, "f36c", _shadow_and_a_piece_of_three)),
     ("sysexit-null", Shown(64, "480f35", _shadow_and_selector_bits_that_do_not_count)),
